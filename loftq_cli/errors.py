@@ -1,0 +1,42 @@
+"""The error family: every stated reason to stop is a `LoftqError` with a sentence, a hint and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoftqError(Exception):
+    """The run stops for a stated reason (exit code 1).
+
+    Args:
+        message: what is wrong, with the value and the place; no final full stop.
+        hint: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(LoftqError):
+    """An option or a configuration file is wrong in itself (exit code 2)."""
+
+    exit_code = 2
+
+
+class Interrupted(LoftqError):
+    """The user interrupted the run; what is done is kept and can be resumed (exit code 130)."""
+
+    exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint that lists `known` and names the entry nearest to `word`, if one is near."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    listed = "known: " + ", ".join(f"`{choice}`" for choice in choices)
+    return f"did you mean `{near[0]}`? {listed}" if near else listed

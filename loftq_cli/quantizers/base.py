@@ -1,0 +1,88 @@
+"""What a quantizer is and what it returns. Shapes: m = out_features, n = in_features, g = group_size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NestedScale:
+    """Scales that are themselves quantized ("double quantization", QLoRA, arXiv 2305.14314, section 3).
+
+    `scale = codebook[codes] * absmax + offset`, with one `absmax` per 256 consecutive scales.
+
+    Shapes: codes uint8 [k], absmax float32 [ceil(k / 256)], codebook float32 [256], offset float32 [].
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight matrix in low-bit form: exactly the values that will be stored, before packing.
+
+    Affine (`codebook is None`): `W ≈ (codes - zero_point) * scale`.
+    Codebook: `W ≈ codebook[codes] * scale`.
+
+    Shapes:
+        codes: uint8 [m, n], each in 0 .. 2**bits - 1.
+        scale: two-dimensional [m, ceil(n / g)] when groups run along the inputs of each output row (the last group
+            of a row may be short), or one-dimensional [ceil(m * n / g)] when groups run along the flattened weight.
+        zero_point: uint8, the shape of `scale`; None for codebook quantizers. Values 0 .. 2**bits - 1.
+        codebook: float32 [2**bits] or None.
+
+    `dtype` is what the dequantized values are rounded to on their way to the consumer: part of what is stored, so the
+    error that is reported contains it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    codebook: Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    nested: NestedScale | None = None
+    symmetric: bool = False  # zero_point is 2**(bits - 1) everywhere
+
+
+class Quantizer(Protocol):
+    """A quantizer is a frozen dataclass with these fields and this method; one row in `QUANTIZERS` adds it."""
+
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+
+    def quantize(self, W: Tensor) -> QuantizedWeight:
+        """Quantize `W` (float32 [m, n], finite, any device); deterministic, on the device of `W`."""
+        ...
+
+    def empty(self, m: int, n: int) -> QuantizedWeight:
+        """The result of `quantize` for an [m, n] weight on the meta device: shapes and dtypes without values."""
+        ...
+
+
+def expand_groups(values: Tensor, shape: tuple[int, int], group_size: int) -> Tensor:
+    """Repeat per-group `values` (see `QuantizedWeight.scale` for the two layouts) to one value per weight, [m, n]."""
+    m, n = shape
+    repeated = values.repeat_interleave(group_size, dim=-1)
+    return repeated[..., : n if values.ndim == 2 else m * n].reshape(m, n)
+
+
+def dequantize(quantized: QuantizedWeight) -> Tensor:
+    """Return the weight that the stored form stands for, float32 [m, n], rounded to `quantized.dtype`."""
+    q = quantized
+    if q.codebook is not None:
+        values = q.codebook[q.codes.long()]
+    else:
+        assert q.zero_point is not None
+        values = q.codes.float() - expand_groups(q.zero_point.float(), q.shape, q.group_size)
+    return (values * expand_groups(q.scale.float(), q.shape, q.group_size)).to(q.dtype).float()
