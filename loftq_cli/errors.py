@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import shlex
+import sys
 from collections.abc import Iterable
 
 
@@ -40,3 +42,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     listed = "known: " + ", ".join(f"`{choice}`" for choice in choices)
     return f"did you mean `{near[0]}`? {listed}" if near else listed
+
+
+def again(flag: str) -> str:
+    """This process's `loftq` command line with `flag` added, to be typed again."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite", flag)]
+    return shlex.join(["loftq", *words, flag])

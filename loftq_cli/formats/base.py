@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from loftq_cli.errors import LoftqError
 from loftq_cli.quantizers.base import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Format(Protocol):
     name: str
     requirements: tuple[str, ...]  # what pip must install to load the checkpoint, beside transformers and peft
     quantizers: tuple[str, ...]  # names of quantizers it can store, the preferred one first
+    load_notes: tuple[str, ...]  # what who loads it must know
 
     def why_not(self, plan: Plan) -> str | None:
         """Why this format cannot hold `plan`: a sentence that names the tensors, or None when it can."""
@@ -42,3 +44,18 @@ class Format(Protocol):
     def quantization_config(self, plan: Plan) -> dict[str, Any] | None:
         """The value of `quantization_config` in config.json, or None."""
         ...
+
+
+def stored(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The stored tensor called `name`, which must have this dtype and shape.
+
+    Raises:
+        LoftqError: it is missing, or it is another one.
+    """
+    if name not in tensors:
+        raise LoftqError(f"the checkpoint has no tensor `{name}`")
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+        raise LoftqError(f"`{name}` is {found} where {str(dtype).removeprefix('torch.')} {list(shape)} was expected")
+    return tensor

@@ -1,0 +1,260 @@
+"""The `loftq` command: flags → config → pipeline → console. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loftq_cli import __version__
+from loftq_cli.errors import ConfigError, Interrupted, LoftqError, again
+
+if TYPE_CHECKING:
+    from loftq_cli.console import Out
+
+EPILOG = """
+[bold]Examples[/]
+
+loftq quantize --bits 2 --rank 16 ./SmolLM2-135M-Instruct ./out
+
+loftq quantize --config configs/2bit-gptq.yaml --dry-run HuggingFaceTB/SmolLM2-135M-Instruct ./out
+
+loftq verify ./out --source ./SmolLM2-135M-Instruct
+"""
+
+app = typer.Typer(
+    name="loftq",
+    help="Turn a pretrained model into a low-bit base checkpoint plus a LoRA adapter that already repairs the damage.",
+    epilog=EPILOG,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
+VerboseFlag = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv adds tracebacks.")]
+
+QUANTIZATION, ADAPTER, INPUT, OUTPUT, HARDWARE = "Quantization", "Adapter", "Input", "Output", "Hardware"
+
+
+def main() -> None:
+    """Entry point of the `loftq` script."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"loftq {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Options can also stand in a YAML file (--config), one `option: value` a line; flags win.")
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a safetensors checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make: base checkpoint, adapter in loftq_init/, report, card.")],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. \\[default: 4]", rich_help_panel=QUANTIZATION)] = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform, uniform-symmetric or nf (NormalFloat). \\[default: nf at 4 bits, else uniform]",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Consecutive inputs that share a scale; -1 is a whole row. \\[default: 64]",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, bnb, gptq, compressed-tensors or dense. \\[default: auto: the first of bnb, gptq, dense "
+            "that holds the result]",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            help="Quantize the scales too, as QLoRA does (nf, bnb). \\[default: no]",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Module names to leave as they are; repeatable.", rich_help_panel=QUANTIZATION
+        ),
+    ] = None,
+    bits_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB=BITS", help="Other bits for some modules; repeatable.", rich_help_panel=QUANTIZATION
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="loftq or qlora (adapter starts at zero). \\[default: loftq]", rich_help_panel=ADAPTER),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapter. \\[default: 16]", rich_help_panel=ADAPTER)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="LoRA alpha; divided out of the factors. \\[default: rank]", rich_help_panel=ADAPTER),
+    ] = None,
+    rslora: Annotated[
+        bool | None,
+        typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank. \\[default: no]", rich_help_panel=ADAPTER),
+    ] = None,
+    iters: Annotated[
+        int | None, typer.Option(help="Alternations; the best one is kept. \\[default: 5]", rich_help_panel=ADAPTER)
+    ] = None,
+    adapter_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. \\[default: float32]", rich_help_panel=ADAPTER),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=INPUT)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-remote-code/--no-trust-remote-code",
+            help="Run the checkpoint's own Python to find its layers. \\[default: no]",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Finish an interrupted run.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what loftq wrote in OUT.", rich_help_panel=OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.", rich_help_panel=OUTPUT),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]", rich_help_panel=HARDWARE)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="\\[default: 0]", rich_help_panel=HARDWARE)] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Write a quantized base checkpoint and the LoRA adapter that repairs it."""
+    flags = {
+        "bits": bits, "quantizer": quantizer, "group_size": group_size, "format": format, "double_quant": double_quant,
+        "skip": tuple(skip) if skip else None, "bits_for": _bits_for(bits_for) if bits_for else None, "method": method,
+        "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
+        "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
+    }  # fmt: skip
+    with _speaking(json, quiet, verbose) as output:
+        from loftq_cli.config import load_config
+
+        options = load_config(config, flags)
+        if resume and overwrite:
+            raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
+        from loftq_cli import pipeline, show
+
+        plan = pipeline.plan_quantize(model, options)
+        for note in plan.notes:
+            output.note(note)
+        if dry_run:
+            show.plan(output, plan, out)
+            return
+        before = (out / "loftq_report.json").exists()
+        try:
+            with output.progress("quantizing", plan.weight_bytes) as advance:
+                report = pipeline.run_plan(plan, out, resume=resume, overwrite=overwrite, progress=advance)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; what is done is kept", f"go on with `{again('--resume')}`") from None
+        if before and not overwrite and not resume:
+            output.note(f"`{out}` is finished already, with these very settings: nothing to do")
+        show.report(output, report, out, model)
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="OUT_OR_MODEL", help="An output of loftq, or a model to be.")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as a page, too.")] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Show what is quantized, at how many bits, with which error; of a plain model, what would be."""
+    with _speaking(json, quiet, verbose) as output:
+        from loftq_cli import show
+
+        show.inspect(output, target, html)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What it was made from: recompute every weight's error.")
+    ] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Recompute hashes, and with --source every error, from the files; exit 1 on the first thing that is not so."""
+    with _speaking(json, quiet, verbose) as output:
+        from loftq_cli import show
+
+        if not show.verify(output, out, source):
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _speaking(json: bool, quiet: bool, verbose: int) -> Iterator[Out]:
+    """Give the command its sink, and turn what it raises into a sentence and an exit code."""
+    from loftq_cli.console import Out
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
+    output = Out(json=json, quiet=quiet, verbose=verbose)
+    try:
+        yield output
+    except typer.Exit:  # a RuntimeError: must not be taken for a failure below
+        raise
+    except LoftqError as error:
+        failure = error
+    except KeyboardInterrupt:
+        failure = Interrupted("interrupted")
+    except OSError as error:
+        failure = LoftqError(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
+    except Exception as error:
+        failure = LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")
+    else:
+        return
+    if verbose >= 2:
+        traceback.print_exc()
+    output.error(failure)
+    raise typer.Exit(failure.exit_code)
+
+
+def _bits_for(entries: list[str]) -> dict[str, Any]:
+    rules: dict[str, Any] = {}
+    for entry in entries:
+        glob, equals, bits = entry.rpartition("=")
+        if not equals or not bits.isdigit():
+            raise typer.BadParameter(f"`{entry}` is not GLOB=BITS, e.g. `*.down_proj=4`", param_hint="--bits-for")
+        rules[glob] = int(bits)
+    return rules

@@ -1,0 +1,124 @@
+"""Every option of `loftq quantize`, in one frozen model: defaults < `--config FILE.yaml` < flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loftq_cli.errors import ConfigError, did_you_mean
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class QuantizeConfig(BaseModel):
+    """What decides the bytes that come out, and on which device they are computed.
+
+    `None` in `quantizer`, `alpha` and `format="auto"` stand for a default that depends on other options or on the
+    model; `loftq_cli.plan.make_plan` returns the configuration with all of them decided.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Bits = 4
+    quantizer: Literal["uniform", "uniform-symmetric", "nf"] | None = None
+    group_size: int = 64
+    format: Literal["auto", "bnb", "gptq", "compressed-tensors", "dense"] = "auto"
+    double_quant: bool = False
+    skip: tuple[str, ...] = ()
+    bits_for: dict[str, Bits] = Field(default_factory=dict)
+
+    method: Literal["loftq", "qlora"] = "loftq"
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    rslora: bool = False
+    iters: int = Field(default=5, ge=1)
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> QuantizeConfig:
+        if self.group_size != -1 and not 8 <= self.group_size <= 65536:
+            raise ValueError(f"`group_size` {self.group_size} is out of range: use -1 (a whole row) or 8 .. 65536")
+        if self.quantizer == "nf" and 8 in {self.bits, *self.bits_for.values()}:
+            raise ValueError("`quantizer` nf has 2, 3 or 4 bits; use `uniform` for 8")
+        if self.quantizer == "nf" and self.group_size == -1:
+            raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
+        if self.double_quant and self.default_quantizer() != "nf":
+            raise ValueError("`double_quant` quantizes the scales of `nf`; `uniform` has float16 scales already")
+        if self.double_quant and {self.bits, *self.bits_for.values()} != {4}:
+            raise ValueError("`double_quant` needs 4 bits throughout: only the `bnb` format stores such scales")
+        return self
+
+    def default_quantizer(self) -> str:
+        """The quantizer asked for, else: symmetric for compressed-tensors, `nf` for 4 bits in bnb, else `uniform`."""
+        if self.quantizer is not None:
+            return self.quantizer
+        if self.format == "compressed-tensors":
+            return "uniform-symmetric"
+        only_4_bits = {self.bits, *self.bits_for.values()} == {4}
+        return "nf" if only_4_bits and self.format in ("auto", "bnb", "dense") else "uniform"
+
+
+def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> QuantizeConfig:
+    """Merge a YAML file and command-line flags (those that are not None) over the defaults.
+
+    Raises:
+        ConfigError: unreadable YAML, an unknown key (with the nearest known one), or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_yaml(file))
+    values.update({name: value for name, value in (flags or {}).items() if value is not None})
+    return build_config(values, where=f" in `{file}`" if file else "")
+
+
+def build_config(values: Mapping[str, Any], where: str = "") -> QuantizeConfig:
+    """Validate `values`; the first problem becomes a `ConfigError` that names the flag.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    for key in values:
+        if key not in QuantizeConfig.model_fields:
+            raise ConfigError(f"unknown option `{key}`{where}", did_you_mean(str(key), QuantizeConfig.model_fields))
+    try:
+        return QuantizeConfig(**values)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read `--config` file `{file}`: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`{file}` is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"`{file}` must hold `option: value` lines, not a {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    problem = error.errors()[0]
+    value = problem.get("input")
+    if not problem["loc"]:  # raised by the model's own validator: the sentence is ours
+        return ConfigError(problem["msg"].removeprefix("Value error, ").replace("`group_size`", "`--group-size`"))
+    flag = "--" + str(problem["loc"][0]).replace("_", "-")
+    if problem["type"] == "literal_error":
+        choices = [choice.strip(" '") for choice in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return ConfigError(f"`{flag} {value}`{where} is not one of its values", did_you_mean(str(value), choices))
+    if flag == "--device":
+        return ConfigError(f"`--device {value}`{where} is not a device", "use auto, cpu, cuda or cuda:N")
+    return ConfigError(f"`{flag} {value}`{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}")

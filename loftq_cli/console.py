@@ -1,0 +1,100 @@
+"""The one output sink: results on stdout, everything else on stderr; bars only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from loftq_cli.errors import LoftqError
+
+TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
+
+
+class Out:
+    """What a command says, and where.
+
+    Attributes:
+        json: stdout carries one JSON object and nothing else.
+        quiet: no notes and no progress.
+        verbose: 0, 1 (details), 2 (tracebacks).
+    """
+
+    def __init__(self, json: bool = False, quiet: bool = False, verbose: int = 0) -> None:
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        self.stdout = Console(soft_wrap=True, width=None if sys.stdout.isatty() else TABLE_WIDTH)
+        self.stderr = Console(stderr=True, soft_wrap=True)
+
+    def result(self, text: str) -> None:
+        """A line of the result, for people."""
+        if not self.json:
+            self.stdout.print(escape(text), highlight=False)
+
+    def table(
+        self, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], total: int = 0
+    ) -> None:
+        """A table for people; `columns` are (heading, "left" | "right"), the last `total` rows stand apart."""
+        if self.json:
+            return
+        table = Table(title=escape(title), title_justify="left")
+        for heading, justify in columns:
+            table.add_column(escape(heading), justify="right" if justify == "right" else "left", overflow="fold")
+        for position, row in enumerate(rows):
+            if total and position == len(rows) - total:
+                table.add_section()
+            table.add_row(*(escape(cell) for cell in row))
+        self.stdout.print(table)
+
+    def data(self, value: Mapping[str, Any]) -> None:
+        """The result, for programs."""
+        if self.json:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def note(self, text: str) -> None:
+        """Something to know, on stderr."""
+        if not self.quiet:
+            self.stderr.print(escape(text), highlight=False)
+
+    def warning(self, text: str) -> None:
+        """Something to act on, on stderr, also with `--quiet`."""
+        self.stderr.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+
+    def error(self, error: LoftqError) -> None:
+        """What stopped the command, and the way out."""
+        self.stderr.print(f"[red]error:[/] {escape(error.message)}", highlight=False)
+        if error.hint:
+            self.stderr.print(f"\n[cyan]hint:[/] {escape(error.hint)}", highlight=False)
+
+    @contextmanager
+    def progress(self, label: str, total_bytes: int) -> Iterator[Callable[[str, int], None]]:
+        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Only on a terminal."""
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
+            TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[module]}"),
+        )  # fmt: skip
+        hidden = self.quiet or not sys.stderr.isatty()
+        with Progress(*columns, console=self.stderr, transient=True, disable=hidden) as bar:
+            task = bar.add_task(label, total=total_bytes, module="")
+
+            def advance(name: str, size: int) -> None:
+                bar.update(task, advance=size, module=name)
+                if self.verbose and hidden and not self.quiet:
+                    self.note(f"{label} {name}")
+
+            yield advance

@@ -1,0 +1,101 @@
+"""The PEFT adapter: names, the division by the scaling, and adapter_config.json.
+
+Methods return factors for scaling 1, that is W ≈ dequantize(Q) + lora_B @ lora_A. PEFT multiplies the product by
+`alpha / rank` (or `alpha / sqrt(rank)`), so what is stored must be divided by it, and here is the only place that does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loftq_cli.plan import Plan
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """What PEFT multiplies `lora_B @ lora_A` by (`LoraLayer.update_layer`; rslora: arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """The names of `lora_A` and `lora_B` in adapter_model.safetensors, for the module name of the loaded model."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def adapter_tensors(
+    module: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Name the factors of one module and divide the scaling out of them.
+
+    All of the division goes to `lora_B`. So `lora_A` stays what the method chose, above all for the `qlora` start,
+    whose `lora_A` must keep the distribution that PEFT gives it; and for the usual scalings, powers of two, nothing
+    is rounded, while a square root on each factor would round both.
+
+    Args:
+        module: the module name as the loaded model has it.
+        lora_A: [r, n], for scaling 1.
+        lora_B: [m, r], for scaling 1.
+        scaling: see `scaling`.
+        dtype: what the factors are stored in.
+    """
+    name_A, name_B = tensor_names(module)
+    return {name_A: lora_A.to(dtype).contiguous(), name_B: (lora_B.float() / scaling).to(dtype).contiguous()}
+
+
+def effective(tensors: dict[str, Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """Invert `adapter_tensors`: the stored factors of one module as float32 `lora_A`, `lora_B` for scaling 1."""
+    (lora_A,) = (tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
+    (lora_B,) = (tensor for name, tensor in tensors.items() if name.endswith(".lora_B.weight"))
+    return lora_A.float(), lora_B.float() * scaling
+
+
+def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: Iterable[str]) -> dict[str, Any]:
+    """The content of adapter_config.json, with keys that PEFT knows in any version (it warns about others).
+
+    Args:
+        plan: rank, alpha, task type and the modules that have factors.
+        base_model_name_or_path: the base checkpoint, a folder or a Hub id.
+        all_module_names: see `target_modules`.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": plan.task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": plan.rank,
+        "lora_alpha": int(plan.alpha) if plan.alpha == int(plan.alpha) else plan.alpha,
+        "use_rslora": plan.rslora,
+        "target_modules": target_modules((job.module for job in plan.jobs), all_module_names),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        # the factors are in the file: any other value makes PEFT compute some, or quantize the base, while loading
+        "init_lora_weights": True,
+    }
+
+
+def target_modules(modules: Iterable[str], all_module_names: Iterable[str]) -> list[str]:
+    """The shortest targets by which PEFT selects exactly `modules`: last parts of names where all that end so are in.
+
+    PEFT takes a module whose name is a target or ends in `.target`; full names stand where the last part would select
+    too much, or where it is not known what it would select.
+
+    Args:
+        modules: names of the modules that have factors.
+        all_module_names: of the whole model; empty if not known.
+    """
+    wanted = set(modules)
+    names = set(all_module_names)
+    too_wide = {_last(name) for name in names - wanted}
+    return sorted({_last(module) if names and _last(module) not in too_wide else module for module in wanted})
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,140 @@
+"""Which weights become jobs, with how many bits, and the refusals that need no format: skips, ranks, groups."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.errors import LoftqError, did_you_mean
+from loftq_cli.targets import Targets
+
+
+@dataclass(frozen=True)
+class WeightJob:
+    """One weight to quantize. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`."""
+
+    tensor: str
+    module: str
+    file: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    group_size: int
+    quantizer: str
+    block: str | None
+
+    @property
+    def stored_prefix(self) -> str:
+        """The tensor's name without `.weight`: what the names of its quantized tensors begin with."""
+        return self.tensor.removesuffix(".weight")
+
+
+def apply_skips(targets: Targets, globs: Iterable[str]) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """Move what the globs match from the linears (tensor → module) to the skipped (tensor → reason) and their modules.
+
+    Raises:
+        LoftqError: a glob matches nothing.
+    """
+    linears, skipped, skipped_linears = dict(targets.linears), dict(targets.skipped), list(targets.skipped_linears)
+    for glob in globs:
+        matched = [tensor for tensor, module in linears.items() if fnmatchcase(module, glob)]
+        if not matched:
+            raise _no_match("--skip", glob, targets.linears.values())
+        for tensor in matched:
+            skipped_linears.append(linears.pop(tensor))
+            skipped[tensor] = f"`--skip {glob}`"
+    return linears, skipped, tuple(skipped_linears)
+
+
+def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
+    kinds = {module.rpartition(".")[2] for module in modules}
+    return LoftqError(
+        f"`{flag} {glob}` matches no linear layer",
+        "globs are matched against whole module names, e.g. `*.down_proj` or `model.layers.0.*`; "
+        + did_you_mean(glob.rpartition(".")[2], kinds),
+    )
+
+
+def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeConfig) -> tuple[WeightJob, ...]:
+    """One job for each linear weight (tensor → module), with the bits that the rules give it.
+
+    Raises:
+        LoftqError: a rule of `bits_for` matches nothing.
+    """
+    for glob in config.bits_for:
+        if not any(fnmatchcase(module, glob) for module in linears.values()):
+            raise _no_match("--bits-for", glob, linears.values())
+    jobs = []
+    for tensor, module in linears.items():
+        info = checkpoint.tensors[tensor]
+        m, n = info.shape
+        matching = [bits for glob, bits in config.bits_for.items() if fnmatchcase(module, glob)]
+        block = re.match(r"(.*?\.\d+)\.", module)
+        assert config.quantizer is not None
+        jobs.append(
+            WeightJob(
+                tensor=tensor,
+                module=module,
+                file=info.file,
+                shape=(m, n),
+                dtype=info.dtype,
+                bits=matching[-1] if matching else config.bits,  # the last rule wins, as in a .gitignore
+                group_size=config.group_size,
+                quantizer=config.quantizer,
+                block=block[1] if block else None,
+            )
+        )
+    return tuple(jobs)
+
+
+def refuse_rank(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
+    """Refuse a rank that some weight cannot have.
+
+    Raises:
+        LoftqError: with the largest rank that every weight takes.
+    """
+    if too_small := [job for job in jobs if config.rank > min(job.shape)]:
+        largest = min(min(job.shape) for job in too_small)
+        raise LoftqError(
+            f"`--rank {config.rank}` is above the smaller side of {_name(too_small)}",
+            f"the largest rank that every weight takes is `--rank {largest}`; or leave them out with `--skip`",
+        )
+
+
+def refuse_ragged_groups(jobs: tuple[WeightJob, ...]) -> None:
+    """Refuse a group size that leaves a short last group: only `dense`, which stores no scales, can hold one.
+
+    Raises:
+        LoftqError: with the sizes that divide every weight.
+    """
+    ragged = [job for job in jobs if job.quantizer != "nf" and job.group_size > 0 and job.shape[1] % job.group_size]
+    if not ragged:
+        return
+    common = math.gcd(*(job.shape[1] for job in jobs))
+    fitting = [str(size) for size in (256, 128, 96, 64, 48, 32, 16, 8) if common % size == 0]
+    ways = f"sizes that divide every weight: {', '.join([*fitting, '-1 (a whole row)'])}"
+    raise LoftqError(
+        f"`--group-size {ragged[0].group_size}` does not divide in_features {ragged[0].shape[1]} of {_name(ragged)}",
+        f"{ways}; or `--skip` these, or `--format dense`, which pads the last group",
+    )
+
+
+def _name(jobs: list[WeightJob]) -> str:
+    """`first [m, n]` (and how many more)."""
+    more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
+    return f"`{jobs[0].tensor}` {list(jobs[0].shape)}{more}"
+
+
+def reasons(skipped: dict[str, str]) -> str:
+    """Count skipped tensors by reason, in a sentence."""
+    counts: dict[str, int] = {}
+    for reason in skipped.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return "tensors left alone: " + ", ".join(f"{count} × {reason}" for reason, count in counts.items())

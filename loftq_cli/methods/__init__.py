@@ -1,0 +1,12 @@
+"""Methods: from a weight to a quantized weight and factors. To add one, write its file and its row in `METHODS`."""
+
+from loftq_cli.methods.base import Decomposition, Method, seed_for, squared_norm
+from loftq_cli.methods.loftq import loftq
+from loftq_cli.methods.qlora import qlora
+
+METHODS: dict[str, Method] = {
+    "loftq": loftq,
+    "qlora": qlora,
+}
+
+__all__ = ["METHODS", "Decomposition", "Method", "loftq", "qlora", "seed_for", "squared_norm"]

@@ -1,0 +1,235 @@
+"""Headers + configuration → a frozen `Plan`: every decision and every refusal, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loftq_cli.checkpoint.reader import TensorInfo
+from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import AUTO_ORDER, FORMATS, peft_adapter
+from loftq_cli.formats.base import Format
+from loftq_cli.jobs import WeightJob, apply_skips, make_jobs, reasons, refuse_ragged_groups, refuse_rank
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
+from loftq_cli.targets import find_targets
+
+RUNTIME_BYTES = 450 << 20  # Python with torch and transformers imported, measured on Linux
+WORKING_COPIES = 12  # float32 copies of the largest weight alive at once in the loop, measured by scripts/bench.py
+ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
+FINGERPRINT_KEY = "loftq_base_sha256"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output shard, named as its input shard: steps in the order of the bytes, and the tensors it will hold."""
+
+    file: str
+    steps: tuple[WeightJob | TensorInfo, ...]  # a TensorInfo is copied verbatim
+    layout: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done. `config` has every default decided; `notes` are sentences for the user."""
+
+    checkpoint: Checkpoint
+    config: QuantizeConfig
+    format: Format
+    jobs: tuple[WeightJob, ...]
+    shards: tuple[ShardPlan, ...]
+    adapter_layout: tuple[TensorSpec, ...]
+    skipped: dict[str, str]
+    skipped_linears: tuple[str, ...]
+    module_names: tuple[str, ...]
+    architecture: str
+    auto_class: str
+    task_type: str | None
+    main_input_name: str
+    has_fused_experts: bool
+    notes: tuple[str, ...]
+
+    rank = property(lambda self: self.config.rank)
+    alpha = property(lambda self: self.config.alpha)
+    rslora = property(lambda self: self.config.rslora)
+    quantizer = property(lambda self: self.config.quantizer)
+    group_size = property(lambda self: self.config.group_size)
+    double_quant = property(lambda self: self.config.double_quant)
+    model_type = property(lambda self: self.checkpoint.config.get("model_type"))
+
+    @property
+    def block_paths(self) -> tuple[str, ...]:
+        """Distinct paths of the module lists that hold jobs, e.g. `("model.layers",)`."""
+        return tuple(dict.fromkeys(job.block.rpartition(".")[0] for job in self.jobs if job.block))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Source bytes of the weights to quantize."""
+        return sum(self.checkpoint.tensors[job.tensor].nbytes for job in self.jobs)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights to quantize."""
+        return sum(math.prod(job.shape) for job in self.jobs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized weights (codes, scales, zero points, indices) per element; adapter apart."""
+        copied = {step.name for shard in self.shards for step in shard.steps if isinstance(step, TensorInfo)}
+        stored = sum(spec.nbytes for shard in self.shards for spec in shard.layout if spec.name not in copied)
+        return 8 * stored / self.parameters
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the shards to write, headers included."""
+        return sum(file_bytes(shard.layout, shard.metadata) for shard in self.shards)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of `adapter_model.safetensors`."""
+        return file_bytes(self.adapter_layout, adapter_metadata())
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Estimated peak of host memory on the CPU: the runtime and the loop's copies of the largest weight."""
+        return RUNTIME_BYTES + WORKING_COPIES * 4 * max(math.prod(job.shape) for job in self.jobs)
+
+    def make_quantizer(self, job: WeightJob) -> Quantizer:
+        """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""
+        extra = {"double_quant": True} if self.config.double_quant else {}
+        dtype = self.format.value_dtype(job.dtype)
+        return QUANTIZERS[job.quantizer](bits=job.bits, group_size=job.group_size, dtype=dtype, **extra)
+
+    def empty(self, job: WeightJob) -> QuantizedWeight:
+        """The quantized form of `job` on the meta device."""
+        return self.make_quantizer(job).empty(*job.shape)
+
+
+def adapter_metadata(base_sha256: str = "0" * 64) -> dict[str, str]:
+    """Header metadata of the adapter file: what PEFT writes, and the hash of the base the adapter belongs to."""
+    return {"format": "pt", FINGERPRINT_KEY: base_sha256}
+
+
+def make_plan(checkpoint: Checkpoint, config: QuantizeConfig) -> Plan:
+    """Decide everything from headers and configuration.
+
+    Raises:
+        LoftqError: something in this model does not fit the options; names the tensors and the way out.
+    """
+    targets = find_targets(checkpoint, config.trust_remote_code)
+    linears, skipped, skipped_linears = apply_skips(targets, config.skip)
+    if not linears:
+        raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
+    decided = config.model_copy(
+        update={"quantizer": config.default_quantizer(), "alpha": config.alpha or float(config.rank)}
+    )
+    jobs = make_jobs(checkpoint, linears, decided)
+    refuse_rank(jobs, decided)
+    notes = [targets.note] if targets.note else []
+
+    def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
+        output = FORMATS[format_name]
+        chosen = decided.model_copy(update={"format": format_name})
+        return Plan(
+            checkpoint=checkpoint,
+            config=chosen,
+            format=output,
+            jobs=jobs,
+            shards=(),
+            adapter_layout=_adapter_layout(jobs, chosen),
+            skipped=skipped,
+            skipped_linears=skipped_linears,
+            module_names=targets.module_names,
+            architecture=targets.architecture,
+            auto_class=targets.auto_class,
+            task_type=targets.task_type,
+            main_input_name=targets.main_input_name,
+            has_fused_experts=targets.has_fused_experts,
+            notes=tuple(notes),
+        )
+
+    if config.format == "auto":
+        refuse_ragged_groups(jobs)
+        plan, why = _choose_format(build)
+        notes.append(why)
+    else:
+        plan = build(config.format)
+        if config.format != "dense":
+            refuse_ragged_groups(jobs)
+        if problem := plan.format.why_not(plan):
+            raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", _other_formats(build))
+    return _with_shards(plan, tuple(notes))
+
+
+def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
+    """Refuse when the file system of `out` lacks room for what is still to be written.
+
+    Raises:
+        LoftqError: with the bytes needed and free.
+    """
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise LoftqError(
+            f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
+            "free some space, or choose an OUT on another disk",
+        )
+
+
+def _choose_format(build: Callable[..., Plan]) -> tuple[Plan, str]:
+    """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why."""
+    refusals: list[tuple[str, str]] = []
+    for name in AUTO_ORDER:
+        plan = build(name)
+        problem = plan.format.why_not(plan)
+        if problem is None:
+            why = "; ".join(f"not `{other}`: {reason}" for other, reason in refusals)
+            return plan, f"format `{name}`" + (f" ({why})" if why else " (first choice for these options)")
+        refusals.append((name, problem))
+    raise LoftqError("no format can hold this", "; ".join(f"`{name}`: {reason}" for name, reason in refusals))
+
+
+def _other_formats(build: Callable[..., Plan]) -> str:
+    holding = [name for name in FORMATS if (plan := build(name)).format.why_not(plan) is None]
+    return "these can: " + ", ".join(f"`--format {name}`" for name in holding) if holding else ""
+
+
+def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
+    jobs = {job.tensor: job for job in plan.jobs}
+    shards = []
+    for file in plan.checkpoint.files:
+        steps: list[WeightJob | TensorInfo] = []
+        layout: list[TensorSpec] = []
+        for info in plan.checkpoint.tensors.values():
+            if info.file != file:
+                continue
+            if job := jobs.get(info.name):
+                steps.append(job)
+                tensors = plan.format.tensors(job.stored_prefix, plan.empty(job))
+                layout.extend(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
+            else:
+                steps.append(info)
+                layout.append(TensorSpec(info.name, info.dtype, info.shape))
+        metadata = {"format": "pt", **plan.checkpoint.metadata.get(file, {})}
+        shards.append(ShardPlan(file, tuple(steps), tuple(layout), metadata))
+    return replace(plan, shards=tuple(shards), notes=notes)
+
+
+def _adapter_layout(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> tuple[TensorSpec, ...]:
+    dtype = getattr(torch, config.adapter_dtype)
+    layout = []
+    for job in jobs:
+        name_A, name_B = peft_adapter.tensor_names(job.module)
+        layout.append(TensorSpec(name_A, dtype, (config.rank, job.shape[1])))
+        layout.append(TensorSpec(name_B, dtype, (job.shape[0], config.rank)))
+    return tuple(layout)

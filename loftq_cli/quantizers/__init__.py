@@ -1,0 +1,23 @@
+"""Quantizers: tensors in, tensors out. To add one, write its file and its row in `QUANTIZERS`."""
+
+from loftq_cli.quantizers.base import NestedScale, QuantizedWeight, Quantizer, dequantize, expand_groups
+from loftq_cli.quantizers.normal_float import NormalFloat
+from loftq_cli.quantizers.uniform import Uniform, UniformSymmetric
+
+QUANTIZERS: dict[str, type] = {
+    "uniform": Uniform,
+    "uniform-symmetric": UniformSymmetric,
+    "nf": NormalFloat,
+}
+
+__all__ = [
+    "QUANTIZERS",
+    "NestedScale",
+    "NormalFloat",
+    "QuantizedWeight",
+    "Quantizer",
+    "Uniform",
+    "UniformSymmetric",
+    "dequantize",
+    "expand_groups",
+]

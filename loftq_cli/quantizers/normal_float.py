@@ -1,0 +1,167 @@
+"""NormalFloat: a codebook of normal quantiles and the largest magnitude of each block (QLoRA, arXiv 2305.14314).
+
+The published baseline, never searched: codes and scales are those of bitsandbytes, byte for byte. Blocks run along the
+flattened weight, so that a block may span two rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loftq_cli.quantizers.base import NestedScale, QuantizedWeight, expand_groups
+
+OFFSET = 0.9677083  # the outermost quantile, of QLoRA and LoftQ
+SMALLEST_ABSMAX = 1e-38  # where bitsandbytes clamps, so that a block of zeros can be divided by it
+NESTED_BLOCK = 256  # scales per scale of scales
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24  # weights; see uniform.py
+
+# NF4 as bitsandbytes has it: the construction below differs from it by rounding, up to 1e-7.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NormalFloat:
+    """NF2, NF3 or NF4 with a float32 scale per block.
+
+    Args:
+        bits: 2, 3 or 4.
+        group_size: weights per block; -1 for a row's length.
+        dtype: what the dequantized values are rounded to.
+        double_quant: also quantize the scales, to 8 bits (`compress_statistics=True` of bitsandbytes).
+    """
+
+    bits: int
+    group_size: int = 64
+    dtype: torch.dtype = torch.float32
+    double_quant: bool = False
+
+    supported_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+
+    def quantize(self, W: Tensor) -> QuantizedWeight:
+        """Quantize `W` [m, n]: the level nearest to `W / absmax`, the lower one in a tie."""
+        m, n = W.shape
+        codes, scale = _blockwise(W.reshape(-1), self.bits, self._block(n))
+        nested = None
+        if self.double_quant:
+            nested = _nest(scale)
+            scale = nested.codebook[nested.codes.long()]
+            scale = scale * expand_groups(nested.absmax, (1, len(scale)), NESTED_BLOCK)[0] + nested.offset
+        return self._result(codes.view(m, n), scale, normal_float_codebook(self.bits).to(W.device), nested)
+
+    def empty(self, m: int, n: int) -> QuantizedWeight:
+        """The result of `quantize` for an [m, n] weight, on the meta device."""
+        blocks = -(-m * n // self._block(n))
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        nested = None
+        if self.double_quant:
+            nested = NestedScale(meta(blocks, dtype=torch.uint8), meta(-(-blocks // NESTED_BLOCK)), meta(256), meta())
+        return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), meta(2**self.bits), nested)
+
+    def _block(self, n: int) -> int:
+        return n if self.group_size == -1 else self.group_size
+
+    def _result(self, codes: Tensor, scale: Tensor, codebook: Tensor, nested: NestedScale | None) -> QuantizedWeight:
+        m, n = codes.shape
+        return QuantizedWeight(
+            codes=codes,
+            scale=scale,
+            zero_point=None,
+            codebook=codebook,
+            bits=self.bits,
+            group_size=self._block(n),
+            shape=(m, n),
+            dtype=self.dtype,
+            nested=nested,
+        )
+
+
+@functools.cache
+def normal_float_codebook(bits: int) -> Tensor:
+    """Return the levels of NF2, NF3 or NF4, float32 [2**bits], ascending from -1 to 1.
+
+    Normal quantiles at even steps of probability, one more of them above zero than below, and zero itself
+    (LoftQ, arXiv 2310.08659, section 3.1; `create_normal_map` in its code).
+    """
+    return torch.tensor(NF4, dtype=torch.float32) if bits == 4 else construct_codebook(bits)
+
+
+def construct_codebook(bits: int) -> Tensor:
+    """Compute the levels of `normal_float_codebook`."""
+    half = 2 ** (bits - 1)
+    above, below = (torch.linspace(OFFSET, 0.5, k, dtype=torch.float64)[:-1] for k in (half + 1, half))
+    levels = torch.cat(
+        [-torch.special.ndtri(below), torch.zeros(1, dtype=torch.float64), torch.special.ndtri(above).flip(0)]
+    )
+    return (levels / levels.max()).float()
+
+
+@functools.cache
+def dynamic_codebook() -> Tensor:
+    """Return the signed 8-bit "dynamic" levels that bitsandbytes stores scales with, float32 [256], ascending.
+
+    Seven decades, each twice as finely divided as the one below it (8-bit optimizers, arXiv 2110.02861, section 2.1);
+    asymmetric: 1 is a level, -1 is not.
+    """
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def _blockwise(flat: Tensor, bits: int, g: int) -> tuple[Tensor, Tensor]:
+    """Return codes uint8 [k] and the largest magnitude of each block, float32 [ceil(k / g)], of `flat` [k]."""
+    k, device = flat.numel(), flat.device
+    codes = torch.empty(k, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-k // g), dtype=torch.float32, device=device)
+    levels = normal_float_codebook(bits)
+    middles = ((levels[:-1] + levels[1:]) / 2).tolist()
+
+    def nearest(x: Tensor) -> Tensor:
+        # One vectorized comparison per level, five times as fast on a CPU as torch.bucketize.
+        above, total = torch.empty_like(x), torch.zeros_like(x)
+        for middle in middles:
+            total += torch.gt(x, middle, out=above)
+        return total
+
+    blocks = k // g  # full ones
+    step = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // g)
+    for start in range(0, blocks, step):
+        stop = min(start + step, blocks)
+        w = flat[start * g : stop * g].float().view(-1, g)
+        absmax[start:stop] = w.abs().amax(1)
+        w = w * absmax[start:stop].clamp_min(SMALLEST_ABSMAX).reciprocal()[:, None]
+        codes[start * g : stop * g] = nearest(w).view(-1)
+    if blocks * g < k:  # the short last block, which bitsandbytes divides instead of multiplying
+        w = flat[blocks * g :].float()
+        absmax[-1] = w.abs().amax().clamp_min(SMALLEST_ABSMAX)
+        codes[blocks * g :] = nearest(w / absmax[-1])
+    return codes, absmax
+
+
+def _nest(scale: Tensor) -> NestedScale:
+    """Quantize `scale` [k] about its mean, to 8 bits in blocks of 256."""
+    offset = scale.mean()
+    blocks = torch.nn.functional.pad(scale - offset, (0, -len(scale) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    x = (blocks * absmax.reciprocal()[:, None]).clamp_(-1, 1)
+    # bitsandbytes looks a value up in a table of 65,536 steps, and takes the lowest code in a block of zeros. The steps
+    # move about one code in 600, to its neighbour; the zeros dequantize to zero all the same.
+    x = -1 + 2 * ((x + 1) * 0.5 * 65535 + 0.5).floor_() / 65535
+    levels = dynamic_codebook().to(scale.device)
+    codes = torch.bucketize(x, (levels[:-1] + levels[1:]) * 0.5).to(torch.uint8).where(absmax[:, None] > 0, 0)
+    return NestedScale(codes.view(-1)[: len(scale)].clone(), absmax, levels, offset)

@@ -1,0 +1,175 @@
+"""Uniform grids: `W ≈ (codes - zero_point) * scale` with a clip range searched for least squared error.
+
+Shapes: m = out_features, n = in_features, g = group_size, G = groups in flight (rows of a chunk * groups of a row),
+K = candidates.
+
+What the search costs and gains, measured on two cores: squared error ÷ energy of Gaussian groups of 64 at 2, 3, 4 bits
+is 0.1232, 0.0309, 0.0076 against 0.209, 0.038, 0.0083 of min-max, within 0.5 % (8 bits: 3 %) of trying every zero
+point with 240 scales; 106 M weights take about 2 s. Half the shares, no refit and no local round cost 1 % more error
+and half the time; judging a candidate by the energy it captures rather than by its error gained nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loftq_cli.quantizers.base import QuantizedWeight
+
+SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
+
+# Weights per chunk. On a CPU a chunk's buffers should stay in the cache, where a pass over them costs 0.06 ns per
+# weight rather than 0.2; on a GPU a chunk must be large enough to hide the launches.
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
+
+LOWEST_SHARE = {2: 0.35, 3: 0.4, 4: 0.55, 8: 0.9}  # of the covering scale, that 64 Gaussian weights may want
+FINE_STEP = 0.02  # of the last, local round, relative to the scale
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Affine grid: an fp16 scale and an integer zero point per group of consecutive inputs of a row.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale; -1 for a whole row (`QuantizedWeight.group_size` is then n).
+        dtype: what the dequantized values are rounded to.
+    """
+
+    bits: int
+    group_size: int
+    dtype: torch.dtype = torch.float32
+    supported_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    symmetric: ClassVar[bool] = False
+
+    def quantize(self, W: Tensor) -> QuantizedWeight:
+        """Quantize `W` [m, n]. A group whose scale is beyond fp16 dequantizes to inf or NaN, never to a silent clip."""
+        m, n = W.shape
+        result = self._allocate(m, n, W.device)
+        assert result.zero_point is not None
+        g, groups = result.group_size, result.scale.shape[1]
+        rows = max(1, (CPU_CHUNK if W.device.type == "cpu" else GPU_CHUNK) // n)
+        buffers = torch.empty(2, min(rows, m) * groups, g, dtype=torch.float32, device=W.device)
+        for start in range(0, m, rows):
+            chunk = slice(start, start + rows)
+            # Padding with zeros cannot move a result: zero lies on every grid, so it costs no error, and it adds
+            # nothing to the two sums of the least-squares scale.
+            w = torch.nn.functional.pad(W[chunk].float(), (0, groups * g - n)).reshape(-1, g)
+            codes, scale, zero_point = _search(w, self.bits, self.symmetric, *buffers[:, : len(w)])
+            result.codes[chunk] = codes.view(-1, groups * g)[:, :n]
+            result.scale[chunk] = scale.view(-1, groups)
+            result.zero_point[chunk] = zero_point.view(-1, groups)
+        return result
+
+    def empty(self, m: int, n: int) -> QuantizedWeight:
+        """The result of `quantize` for an [m, n] weight, on the meta device."""
+        return self._allocate(m, n, torch.device("meta"))
+
+    def _allocate(self, m: int, n: int, device: torch.device) -> QuantizedWeight:
+        g = n if self.group_size == -1 else self.group_size
+        groups = -(-n // g)
+        return QuantizedWeight(
+            codes=torch.empty(m, n, dtype=torch.uint8, device=device),
+            scale=torch.empty(m, groups, dtype=torch.float16, device=device),
+            zero_point=torch.empty(m, groups, dtype=torch.uint8, device=device),
+            codebook=None,
+            bits=self.bits,
+            group_size=g,
+            shape=(m, n),
+            dtype=self.dtype,
+            symmetric=self.symmetric,
+        )
+
+
+@dataclass(frozen=True)
+class UniformSymmetric(Uniform):
+    """Grid with the zero point fixed at 2**(bits - 1), so that a format need store scales only.
+
+    The grid is one step longer below zero than above it; a negative scale turns the longer side to where the group
+    needs it (as llama.cpp's Q4_0 does), which saves a seventh of the error.
+    """
+
+    symmetric: ClassVar[bool] = True
+
+
+def _search(w: Tensor, bits: int, symmetric: bool, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the fp16 scale and the zero point of least squared error for each row of `w` [G, g].
+
+    Three rounds, each keeping the best per group as judged with the scale that will be stored: shares of the covering
+    scale; finer steps around the best, with its neighbouring zero points; the least-squares scale
+    `<w, c> / <c, c>` of the codes `c` so found, twice. `u`, `v` [G, g] are scratch space.
+
+    Returns codes [G, g], scale [G] and zero_point [G], all float32.
+    """
+    top = 2**bits - 1
+
+    def codes(scale: Tensor, zero_point: Tensor) -> Tensor:
+        # u: the weights in units of the grid. (addcmul would save a pass, but with these shapes it is not vectorized.)
+        torch.mul(w, scale.reciprocal()[:, None], out=u).add_(zero_point[:, None])
+        return torch.round(u, out=v).clamp_(0, top)
+
+    def best(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        # The best of K candidates [K, G], the earliest of equals. argmin does the same, 20 times slower on a CPU.
+        scale = _round_to_fp16(scale)
+        errors = torch.empty_like(scale)
+        for k in range(len(scale)):
+            difference = codes(scale[k], zero_point[k]).sub_(u)
+            torch.linalg.vector_norm(difference, dim=1, out=errors[k])
+        errors.mul_(scale.abs())
+        # An infinite scale makes a NaN. In the first candidate, which needs no clipping, it means that fp16 cannot hold
+        # the scale of this group: then NaN is the least error, and the first candidate stays.
+        errors[1:].nan_to_num_(nan=torch.inf)
+        order = torch.arange(len(scale), dtype=w.dtype, device=w.device)[:, None]
+        k_best = torch.where(errors > errors.amin(0), len(scale), order).amin(0, keepdim=True).long()
+        return scale.gather(0, k_best)[0], zero_point.gather(0, k_best)[0]
+
+    def least_squares(scale: Tensor, zero_point: Tensor) -> Tensor:
+        c = codes(scale, zero_point).sub_(zero_point[:, None])
+        return _round_to_fp16(torch.mul(w, c, out=u).sum(1) / c.square_().sum(1).clamp_min_(1))
+
+    scale, zero_point = best(*_coarse(w, bits, symmetric))
+
+    moves = [(1.0, 0)] + [(1 + e, z) for e in (-FINE_STEP, FINE_STEP) for z in ((0,) if symmetric else (-1, 0, 1))]
+    scale, zero_point = best(
+        torch.stack([scale * factor for factor, _ in moves]),
+        torch.stack([(zero_point + step).clamp_(0, top) for _, step in moves]),
+    )
+    once = least_squares(scale, zero_point)
+    twice = least_squares(once, zero_point)
+    scale, zero_point = best(torch.stack([scale, once, twice]), zero_point.expand(3, -1))
+    return codes(scale, zero_point), scale, zero_point
+
+
+def _coarse(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return candidates for each group: scale and zero_point [K, G]. Min-max is among them, so it cannot win.
+
+    The scale that covers a group from end to end, and shares of it down to where clipping costs more than it gains.
+    The affine zero point lies where min-max has it, rounded either way; where a long group is clipped far
+    beyond what 64 weights would want, the few weights that set the range no longer say where its middle is.
+    """
+    low, high = w.amin(1).clamp_max_(0), w.amax(1).clamp_min_(0)
+    top, half, lowest = 2**bits - 1, 2 ** (bits - 1), LOWEST_SHARE[bits]
+    shares = [1 - i * (1 - lowest) / 8 for i in range(9)]
+    while shares[-1] > lowest * 12 / w.shape[1] ** 0.5:  # an outlier of √g standard deviations can still be clipped
+        shares.append(shares[-1] * 0.85)
+
+    if symmetric:
+        middle = torch.full_like(low, half)
+        covering = (torch.maximum(high / (half - 1), -low / half), -torch.maximum(high / half, -low / (half - 1)))
+        candidates = [(scale * share, middle) for share in shares for scale in covering]
+    else:
+        scale = _round_to_fp16((high - low) / top)
+        exact = (-low / scale).clamp_(0, top)
+        zero_points = (exact.floor(), exact.ceil(), exact.round().clamp_(half - 1, half))
+        candidates = [(scale * s, z) for s in shares for z in zero_points[: 2 if s >= lowest else 3]]
+    scales, middles = zip(*candidates, strict=True)
+    return torch.stack(scales), torch.stack(middles)
+
+
+def _round_to_fp16(scale: Tensor) -> Tensor:
+    """Round to what will be stored, but never to zero: a group of zeros needs a scale too."""
+    rounded = scale.half().float()
+    return torch.where(rounded.abs() < SMALLEST_SCALE, SMALLEST_SCALE, rounded)

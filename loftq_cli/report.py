@@ -1,0 +1,243 @@
+"""What was decided and measured, as JSON for programs and as a model card for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import resource
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli import __version__
+from loftq_cli.plan import Plan
+
+SCHEMA = 1
+STAGES = ("total", "read", "quantize", "low_rank", "write")
+
+
+def base_fingerprint(files: Mapping[str, str]) -> str:
+    """The hash of a base checkpoint: sha256 over the names and sha256 of its shards, index and config.json."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+
+
+def pooled(errors_and_norms: Iterable[tuple[float, float]]) -> float:
+    """Relative error over several weights: √(Σ (error · norm)² / Σ norm²), from each one's relative error and norm."""
+    pairs = list(errors_and_norms)
+    norms = math.fsum(norm**2 for _, norm in pairs)
+    return math.sqrt(math.fsum((error * norm) ** 2 for error, norm in pairs) / norms) if norms else 0.0
+
+
+def build_report(
+    plan: Plan, rows: list[dict[str, Any]], files: Mapping[str, str], seconds: Mapping[str, float], device: torch.device
+) -> dict[str, Any]:
+    """The content of `loftq_report.json`; `files` maps names in OUT to sha256."""
+    order = {job.tensor: position for position, job in enumerate(plan.jobs)}
+    rows = sorted(rows, key=lambda row: order[row["tensor"]])
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "source": {
+            "model": plan.checkpoint.model,
+            "revision": plan.checkpoint.revision,
+            "fingerprint": plan.checkpoint.fingerprint,
+        },
+        "config": {**plan.config.model_dump(mode="json"), "device": device.type},
+        "load": {"auto_class": plan.auto_class, "requirements": list(plan.format.requirements)},
+        "totals": {
+            **plan_totals(plan),
+            "relative_error": pooled((row["relative_error"], row["norm"]) for row in rows),
+            "relative_error_without_adapter": pooled(
+                (row["relative_error_without_adapter"], row["norm"]) for row in rows
+            ),
+            "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in STAGES},
+            "peak_host_bytes": peak_host_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        },
+        "weights": rows,
+        "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],
+        "files": dict(files),
+        "side_files": list(plan.checkpoint.side_files),
+    }
+
+
+def plan_totals(plan: Plan) -> dict[str, Any]:
+    """The totals that are known from headers alone."""
+    return {
+        "weights": len(plan.jobs),
+        "parameters": plan.parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "base_bytes": plan.base_bytes,
+        "adapter_bytes": plan.adapter_bytes,
+    }
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What `--dry-run --json` prints: the report's keys that need no weight to be read."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "source": {
+            "model": plan.checkpoint.model,
+            "revision": plan.checkpoint.revision,
+            "fingerprint": plan.checkpoint.fingerprint,
+        },
+        "config": plan.config.model_dump(mode="json"),
+        "totals": {**plan_totals(plan), "estimated_peak_host_bytes": plan.peak_host_bytes},
+        "weights": [
+            {
+                "name": job.module,
+                "tensor": job.tensor,
+                "shape": list(job.shape),
+                "bits": job.bits,
+                "group_size": job.group_size,
+                "quantizer": job.quantizer,
+                "rank": plan.config.rank,
+            }
+            for job in plan.jobs
+        ],
+        "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],
+        "notes": list(plan.notes),
+    }
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+@dataclass(frozen=True)
+class Group:
+    """The weights of one kind of layer, pooled: one row of the table that people see."""
+
+    kind: str
+    weights: int
+    shapes: str
+    bits: str
+    relative_error: float | None
+    relative_error_without_adapter: float | None
+
+
+def layer_groups(weights: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """Pool rows whose module names differ only in layer numbers; errors are None in a plan."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in weights:
+        kinds[re.sub(r"\.\d+(?=\.|$)", ".*", row["name"])].append(row)
+    groups = []
+    for kind, rows in kinds.items():
+        measured = "relative_error" in rows[0]
+        groups.append(
+            Group(
+                kind=kind,
+                weights=len(rows),
+                shapes=", ".join(dict.fromkeys(f"{m}×{n}" for m, n in (row["shape"] for row in rows))),
+                bits="/".join(str(bits) for bits in sorted({row["bits"] for row in rows})),
+                relative_error=pooled((r["relative_error"], r["norm"]) for r in rows) if measured else None,
+                relative_error_without_adapter=pooled((r["relative_error_without_adapter"], r["norm"]) for r in rows)
+                if measured
+                else None,
+            )
+        )
+    return groups
+
+
+def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, str]]:
+    """`(reason, how many, first name)` of skipped tensors, most frequent first."""
+    first: dict[str, str] = {}
+    for row in skipped:
+        first.setdefault(row["reason"], row["name"])
+    counts = Counter(row["reason"] for row in skipped)
+    return [(reason, count, first[reason]) for reason, count in counts.most_common()]
+
+
+def load_lines(report: Mapping[str, Any], folder: str) -> list[str]:
+    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id."""
+    auto_class = report["load"]["auto_class"]
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}",
+        "",
+        f'base = {auto_class}.from_pretrained("{folder}")',
+        f'model = PeftModel.from_pretrained(base, "{folder}", subfolder="loftq_init", is_trainable=True)',
+    ]
+
+
+def install_line(report: Mapping[str, Any]) -> str:
+    """What must be installed to load."""
+    return "pip install transformers peft " + " ".join(report["load"]["requirements"])
+
+
+def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
+    """README.md of the output: how to load, what was measured, with which settings."""
+    totals, config = report["totals"], report["config"]
+    name = Path(report["source"]["model"]).name
+    rows = "\n".join(
+        f"| `{group.kind}` | {group.weights} | {group.bits} | {group.relative_error_without_adapter:.4f} "
+        f"| {group.relative_error:.4f} |"
+        for group in layer_groups(report["weights"])
+    )
+    skips = "\n".join(
+        f"- {count} × {reason}, e.g. `{first}`" for reason, count, first in skip_counts(report["skipped"])
+    )
+    settings = ", ".join(f"{key} {config[key]}" for key in _CARD_SETTINGS)
+    load = "\n".join(load_lines(report, "PATH_OR_HUB_ID_OF_THIS_FOLDER"))
+    notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
+    fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
+    return f"""---
+library_name: peft
+base_model_relation: quantized
+tags:
+- loftq
+- lora
+---
+
+# {name}: {config["bits"]}-bit base with a LoRA adapter that repairs it
+
+Made by [loftq](https://arxiv.org/abs/2310.08659) {report["version"]}: this folder is a quantized base checkpoint, and
+`loftq_init/` holds a LoRA adapter of rank {config["rank"]} to fine-tune from, so that `base + adapter` is as near to
+the original weights as the method makes it.
+
+```bash
+{install_line(report)}
+```
+
+```python
+{load}
+```
+
+{notes}
+## Error
+
+`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.
+
+| layers | weights | bits | base alone | base + adapter |
+|---|---|---|---|---|
+{rows}
+| **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | \
+{totals["relative_error_without_adapter"]:.4f} | {totals["relative_error"]:.4f} |
+
+Settings: {settings}.
+
+## Kept as it was
+
+{skips}
+
+## The adapter belongs to this base only
+
+It holds the difference between the original weights and *this* base: on the original model it would subtract quality.
+The header of `adapter_model.safetensors` names the base by its hash, `{fingerprint}`;
+`loftq verify` checks it and recomputes every error from the files.
+"""
+
+
+_CARD_SETTINGS = (
+    "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
+)  # fmt: skip

@@ -1,0 +1,119 @@
+"""What the commands print: plans, reports and verdicts as tables or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal as size
+
+from loftq_cli import verify as verification
+from loftq_cli.checkpoint.source import open_checkpoint
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.console import Out
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS
+from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.report import install_line, layer_groups, load_lines, plan_summary, skip_counts
+
+if TYPE_CHECKING:
+    from loftq_cli.plan import Plan
+
+LAYER_COLUMNS = (("layers", "left"), ("weights", "right"), ("shape", "left"), ("bits", "right"))
+ERROR_COLUMNS = (("base alone", "right"), ("base + adapter", "right"))
+
+
+def plan(output: Out, plan: Plan, out: Path | None) -> None:
+    """What would be done."""
+    summary = plan_summary(plan)
+    output.data(summary)
+    totals, config = summary["totals"], plan.config
+    rows = [(group.kind, str(group.weights), group.shapes, group.bits) for group in layer_groups(summary["weights"])]
+    target = f" → {out}" if out else ""
+    output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
+    _skips(output, summary["skipped"])
+    output.result(
+        f"{totals['weights']} weights, {totals['parameters']:,} parameters: {config.method}, {config.quantizer}, "
+        f"{totals['bits_per_weight']:.2f} bits per weight in `{config.format}`, group {config.group_size}, "
+        f"rank {config.rank}, on {config.device}\n"
+        f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}, "
+        f"about {size(totals['estimated_peak_host_bytes'])} of host memory"
+    )
+
+
+def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None = None) -> None:
+    """What was done, measured, and what to type next."""
+    output.data({key: value for key, value in report.items() if key != "weights"})
+    totals, config = report["totals"], report["config"]
+    rows = [
+        (g.kind, str(g.weights), g.shapes, g.bits, f"{g.relative_error_without_adapter:.4f}", f"{g.relative_error:.4f}")
+        for g in layer_groups(report["weights"])
+    ]
+    errors = f"{totals['relative_error_without_adapter']:.4f}", f"{totals['relative_error']:.4f}"
+    rows.append(("all", str(totals["weights"]), "", f"{totals['bits_per_weight']:.2f}", *errors))
+    title = f"{report['source']['model']}: relative error ‖W − Ŵ‖/‖W‖ by kind of layer"
+    output.table(title, (*LAYER_COLUMNS, *ERROR_COLUMNS), rows, total=1)
+    _skips(output, report["skipped"])
+    seconds = totals["seconds"]
+    stages = ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total")
+    device = f", {size(totals['peak_device_bytes'])} of device memory" if totals["peak_device_bytes"] else ""
+    output.result(
+        f"{config['method']}, {config['quantizer']}, `{config['format']}`, group {config['group_size']}, "
+        f"rank {config['rank']}: {totals['bits_per_weight']:.2f} bits per weight\n"
+        f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}; "
+        f"{seconds['total']:.1f} s ({stages}), {size(totals['peak_host_bytes'])} of host memory{device}"
+    )
+    load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
+    notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
+    output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
+    output.result(f"\nCheck it:\n\n  loftq verify {out} --source {source or report['source']['model']}")
+
+
+def inspect(output: Out, target: str, html: Path | None) -> None:
+    """The report of an output, or the plan that defaults give for a model."""
+    if html is not None:
+        output.stdout.record = True
+    folder = Path(target)
+    if (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir():
+        report(output, verification.read_report(folder), folder)
+    else:
+        plan(output, plan_quantize(target, QuantizeConfig()), None)
+    if html is not None:
+        try:
+            html.write_text(output.stdout.export_html(), encoding="utf-8")
+        except OSError as error:
+            raise LoftqError(f"cannot write `{html}`: {error.strerror}") from None
+        output.note(f"wrote `{html}`")
+
+
+def verify(output: Out, out: Path, source: str | None) -> bool:
+    """Say whether `out` is what its report says; True when it is."""
+    total = 0
+    if source is not None:
+        written = {row["tensor"] for row in verification.read_report(out)["weights"]}
+        infos = open_checkpoint(source).tensors
+        total = sum(info.nbytes for info in infos.values() if info.name in written)
+    with output.progress("verifying", total) as advance:
+        verdict = verification.verify(out, source, advance)
+    output.data({**asdict(verdict), "ok": not verdict.violations})
+    for violation in verdict.violations:
+        output.result(f"✗ {violation}")
+    if verdict.violations:
+        return False
+    output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")
+    if verdict.relative_error is not None:
+        output.result(
+            f"✓ {verdict.weights} weights recomputed from the stored tensors: relative error "
+            f"{verdict.relative_error:.6f}, as reported; all other tensors are the source's, byte for byte"
+        )
+    else:
+        output.note("give `--source MODEL` to recompute every weight's error as well")
+    return True
+
+
+def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:
+    rows = [(reason, str(count), first) for reason, count, first in skip_counts(skipped)]
+    output.table("Kept as they are", (("reason", "left"), ("tensors", "right"), ("e.g.", "left")), rows)

@@ -1,0 +1,275 @@
+"""Which tensors of a checkpoint are weights of linear layers, what their modules are called, and why the rest is not.
+
+The model is built on the meta device (no memory, no weights) by transformers; names in the file are mapped to modules
+with the renamings that `from_pretrained` itself uses. Where transformers cannot build it, a rule on names and shapes
+stands in, and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.source import Checkpoint
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# (Auto class, its table in transformers, PEFT task type where PEFT's wrapper passes the model only arguments it has)
+AUTO_CLASSES = (
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "CAUSAL_LM"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM"),
+    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", None),
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "SEQ_CLS"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "TOKEN_CLS"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "QUESTION_ANS"),
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", None),
+    ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", None),
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModel", "MODEL_MAPPING_NAMES", "FEATURE_EXTRACTION"),
+)
+
+# For the fallback only: parts of names that are two-dimensional weights but not linear layers, or never quantized.
+NOT_LINEAR = re.compile(
+    r"(embed|^wte|\.wte|^wpe|\.wpe|word_emb|shared\.|norm|^lm_head|\.lm_head|^head\.|output_projection|classifier|"
+    r"^score\.|pooler|relative_attention_bias|rel_embeddings|position|router|\.gate\.weight|conv)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The linear weights of one checkpoint.
+
+    Attributes:
+        linears: tensor name → module name, for every weight that may be quantized.
+        skipped: tensor name → reason, for every other tensor.
+        skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
+        module_names: all module names of the model (empty when the fallback rule was used).
+        auto_class: what loads the model, e.g. `AutoModelForCausalLM`.
+        has_fused_experts: some modules hold the weights of several experts in one parameter.
+        note: what the user must know about how the layers were found, or None.
+    """
+
+    linears: dict[str, str]
+    skipped: dict[str, str]
+    skipped_linears: tuple[str, ...]
+    module_names: tuple[str, ...]
+    architecture: str
+    auto_class: str
+    task_type: str | None
+    main_input_name: str
+    has_fused_experts: bool = False
+    note: str | None = None
+
+
+def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Targets:
+    """Find the linear weights of `checkpoint`, from its config and headers alone."""
+    try:
+        with _quiet():
+            model = _meta_model(checkpoint, trust_remote_code)
+    except Exception as error:  # remote code, an unknown architecture, a broken config: any of them ends in the rule
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return _by_rule(checkpoint, reason)
+    return _by_model(checkpoint, model)
+
+
+def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    source = checkpoint.config
+    if trust_remote_code and "auto_map" in source:
+        arguments = {"revision": checkpoint.revision, "trust_remote_code": True}
+        config = transformers.AutoConfig.from_pretrained(checkpoint.model, **arguments)
+        auto = next(name for name in source["auto_map"] if name.startswith("AutoModel"))
+        with torch.device("meta"):
+            return getattr(transformers, auto).from_config(config, trust_remote_code=True)
+    if source.get("model_type") not in CONFIG_MAPPING:
+        hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
+        raise LookupError(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
+    config = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
+    architecture = (source.get("architectures") or ["?"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise LookupError(f"transformers has no class `{architecture}`")
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
+    modules = dict(model.named_modules())
+    module_of, converted = _module_of_tensor(checkpoint, model, modules)
+    head = model.get_output_embeddings()
+    tied = _tied_names(model)
+    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
+    inside = {id(module) for module in base.modules()} if isinstance(base, torch.nn.Module) else None
+
+    linears: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for info in checkpoint.tensors.values():
+        if info.name in converted:
+            skipped[info.name] = f"changed by transformers while loading ({converted[info.name]})"
+            continue
+        name = module_of.get(info.name)
+        if name is None:
+            skipped[info.name] = "not a weight of this architecture"
+            continue
+        module = modules[name]
+        if info.name.rsplit(".", 1)[-1] != "weight":
+            skipped[info.name] = "bias" if info.name.endswith("bias") else "not a linear weight"
+        elif type(module) is not torch.nn.Linear:  # loaders of quantized layers pass over subclasses
+            skipped[info.name] = _kind(module)
+        elif module is head:
+            skipped[info.name] = "output head"
+        elif f"{name}.weight" in tied:
+            skipped[info.name] = "tied to another weight"
+        elif inside is not None and id(module) not in inside:
+            skipped[info.name] = "task head"
+        elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
+            skipped[info.name] = f"transformers keeps `{kept}` in float32"
+        elif _is_router(name, module, checkpoint.config):
+            skipped[info.name] = "router"
+        elif tuple(module.weight.shape) != info.shape:
+            skipped[info.name] = f"shape {list(info.shape)} in the file, {list(module.weight.shape)} in the model"
+        elif info.dtype not in FLOATS:
+            skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
+        else:
+            linears[info.name] = name
+    found = set(linears.values())
+    architecture = type(model).__name__
+    auto_class, task_type = _auto_class(architecture, model.main_input_name)
+    return Targets(
+        linears=linears,
+        skipped=skipped,
+        skipped_linears=tuple(
+            name for name, module in modules.items() if _is_replaceable(module) and name not in found
+        ),
+        module_names=tuple(modules),
+        architecture=architecture,
+        auto_class=auto_class,
+        task_type=task_type,
+        main_input_name=model.main_input_name,
+        has_fused_experts=any(
+            parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
+        ),
+    )
+
+
+def _module_of_tensor(
+    checkpoint: Checkpoint, model: Any, modules: dict[str, torch.nn.Module]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Map tensor names to module names, and converted tensors (fused, split, permuted on load) to the pattern."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    module_of: dict[str, str] = {}
+    converted: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if pattern is not None:
+            converted[name] = pattern
+        elif renamed in state and (module := renamed.rpartition(".")[0]) in modules:
+            module_of[name] = module
+    return module_of, converted
+
+
+def _is_replaceable(module: torch.nn.Module) -> bool:
+    """Whether loaders put a quantized layer in this module's place unless they are told not to."""
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _tied_names(model: Any) -> set[str]:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(tied) | set(tied.values())
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """The reason for skipping the weight of a module that is not a linear layer."""
+    name = type(module).__name__
+    if isinstance(module, torch.nn.Embedding) or "Embedding" in name:
+        return "embedding"
+    if "Norm" in name:
+        return "norm"
+    if name == "Conv1D":
+        return "Conv1D (stored transposed)"
+    if "Conv" in name:
+        return "convolution"
+    return "router" if "Router" in name else f"not a linear layer ({name})"
+
+
+def _is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bool:
+    text = config.get("text_config") or config
+    counts = {text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
+    last = name.rsplit(".", 1)[-1]
+    return ("router" in name or last in ("gate", "shared_expert_gate")) and (
+        module.out_features in counts or module.out_features == 1
+    )
+
+
+def _auto_class(architecture: str, main_input_name: str) -> tuple[str, str | None]:
+    from transformers.models.auto import modeling_auto
+
+    for auto_class, table, task_type in AUTO_CLASSES:
+        names = getattr(modeling_auto, table, {}).values()
+        if any(architecture == entry or (isinstance(entry, tuple) and architecture in entry) for entry in names):
+            return auto_class, task_type if main_input_name == "input_ids" else None
+    return architecture, None
+
+
+def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
+    linears: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for info in checkpoint.tensors.values():
+        if not info.name.endswith(".weight") or len(info.shape) != 2:
+            skipped[info.name] = "bias" if info.name.endswith("bias") else "not a two-dimensional weight"
+        elif found := NOT_LINEAR.search(info.name):
+            skipped[info.name] = f"its name holds `{found[0]}`"
+        elif info.dtype not in FLOATS:
+            skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
+        else:
+            linears[info.name] = info.name.removesuffix(".weight")
+    architecture = (checkpoint.config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    auto_map = checkpoint.config.get("auto_map", {})
+    auto_class = next((name for name in auto_map if name.startswith("AutoModelFor")), "AutoModelForCausalLM")
+    return Targets(
+        linears=linears,
+        skipped=skipped,
+        skipped_linears=tuple(
+            name.removesuffix(".weight")
+            for name, why in skipped.items()
+            if name.endswith(".weight") and why.startswith("its name holds")
+        ),
+        module_names=(),
+        architecture=architecture,
+        auto_class=auto_class,
+        task_type="CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None,
+        main_input_name="input_ids",
+        has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),
+        note=f"transformers could not build this model ({reason}): linear layers were chosen by names and shapes",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep optional packages that transformers imports from talking on stderr."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

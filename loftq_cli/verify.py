@@ -1,0 +1,224 @@
+"""Recompute from the files what the report says: hashes, and with the source, every weight's error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
+from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.writer import hash_file
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS, peft_adapter
+from loftq_cli.formats.base import Format
+from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.methods import squared_norm
+from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.report import base_fingerprint, pooled
+from loftq_cli.worker import hash_tensor, relative
+
+TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found. `violations` name the file or tensor; `weights` is how many errors were recomputed."""
+
+    files: int
+    weights: int
+    relative_error: float | None
+    violations: tuple[str, ...]
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        LoftqError: `out` is not a finished output of loftq.
+    """
+    if (out / WORK_FOLDER).is_dir():
+        raise LoftqError(f"`{out}` holds an unfinished run", "finish it: the same `loftq quantize` with `--resume`")
+    try:
+        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoftqError(f"`{out}` has no `{REPORT_FILE}`", "give a folder that `loftq quantize` wrote") from None
+    except ValueError as error:
+        raise LoftqError(f"`{out / REPORT_FILE}` is not valid JSON: {error}") from None
+    if not isinstance(report, dict) or not {"files", "weights", "totals", "config", "source"} <= report.keys():
+        raise LoftqError(f"`{out / REPORT_FILE}` is not a report of loftq")
+    return report
+
+
+def verify(out: Path, source: str | None = None, progress: Callable[[str, int], None] | None = None) -> Verdict:
+    """Check `out` against its own report, and with `source` against the weights it was made from.
+
+    Every weight is dequantized from its stored tensors as its loader does, the adapter is applied with the scaling that
+    its adapter_config.json states, and the error against the source must be the one in the report.
+    """
+    report = read_report(out)
+    violations = _check_files(out, report) + _check_adapter(out, report) + _check_totals(report)
+    if source is None:
+        return Verdict(len(report["files"]), 0, None, tuple(violations))
+    checkpoint = open_checkpoint(source, report["source"]["revision"] if not Path(source).is_dir() else None)
+    if checkpoint.fingerprint != report["source"]["fingerprint"]:
+        violations.append(f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
+    if violations:  # errors recomputed from files that are known to be wrong would tell nothing
+        return Verdict(len(report["files"]), 0, None, tuple(violations))
+    rows, found = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
+    found += _check_copies(out, report, checkpoint)
+    return Verdict(len(report["files"]), len(rows), pooled(rows), tuple(found))
+
+
+def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
+    violations = []
+    for name, expected in report["files"].items():
+        path = out / name
+        if not path.is_file():
+            violations.append(f"`{name}` is missing")
+        elif (actual := hash_file(path)) != expected:
+            violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
+            violations += _changed_tensors(path, name, report)
+    extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
+    return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+
+
+def _changed_tensors(path: Path, name: str, report: dict[str, Any]) -> list[str]:
+    """Which quantized weights, or their factors, are not as they were written to the file `name`."""
+    if not name.endswith(".safetensors"):
+        return []
+    try:
+        infos = read_header(path).tensors
+    except LoftqError as error:
+        return [error.message]
+    violations = []
+    for row in report["weights"]:
+        for tensor, expected in row["sha256"].items():
+            if tensor in infos and hash_tensor(read_tensor(path, infos[tensor])) != expected:
+                violations.append(f"`{tensor}` in `{name}` is not what was written for `{row['tensor']}`")
+    return violations
+
+
+def _check_totals(report: dict[str, Any]) -> list[str]:
+    """The totals must pool the rows."""
+    violations = []
+    for key in ("relative_error", "relative_error_without_adapter"):
+        total = pooled((row[key], row["norm"]) for row in report["weights"])
+        if not math.isclose(total, report["totals"][key], rel_tol=1e-9, abs_tol=1e-12):
+            violations.append(f"`{REPORT_FILE}`: totals.{key} is {report['totals'][key]}, its rows pool to {total}")
+    return violations
+
+
+def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """Every tensor that was not quantized must be the source's, byte for byte."""
+    quantized = {row["tensor"] for row in report["weights"]}
+    violations = []
+    for file in checkpoint.files:
+        infos = read_header(out / file).tensors
+        for info in checkpoint.tensors.values():
+            if info.file != file or info.name in quantized:
+                continue
+            if info.name not in infos or not _same_bytes(checkpoint.path(file), info, out / file, infos[info.name]):
+                violations.append(f"`{info.name}` in `{file}` is not the source's")
+    return violations
+
+
+def _same_bytes(source: Path, info: TensorInfo, path: Path, other: TensorInfo) -> bool:
+    if (info.dtype, info.shape) != (other.dtype, other.shape):
+        return False
+    pairs = zip(read_chunks(source, info), read_chunks(path, other), strict=True)
+    return all(bytes(a) == bytes(b) for a, b in pairs)
+
+
+def _check_adapter(out: Path, report: dict[str, Any]) -> list[str]:
+    """The adapter names this base; adapter_config.json, which a push may rewrite, means the same as the report."""
+    violations = []
+    if (out / ADAPTER_FILE).is_file():
+        base_files = {name: sha256 for name, sha256 in report["files"].items() if name != ADAPTER_FILE}
+        if read_header(out / ADAPTER_FILE).metadata.get(FINGERPRINT_KEY) != base_fingerprint(base_files):
+            violations.append(f"`{ADAPTER_FILE}` belongs to another base: its `{FINGERPRINT_KEY}` differs")
+    config_file = "loftq_init/adapter_config.json"
+    try:
+        adapter = json.loads((out / config_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [*violations, f"`{config_file}` cannot be read: {error}"]
+    config = report["config"]
+    expected = {"r": config["rank"], "lora_alpha": config["alpha"], "use_rslora": config["rslora"]}
+    for key, value in {**expected, "init_lora_weights": True, "peft_type": "LORA"}.items():
+        if adapter.get(key) != value:
+            violations.append(f"`{config_file}`: `{key}` is {adapter.get(key)!r}, the report says {value!r}")
+    return violations
+
+
+def _recompute(
+    out: Path, report: dict[str, Any], checkpoint: Checkpoint, progress: Callable[[str, int], None]
+) -> tuple[list[tuple[float, float]], list[str]]:
+    """Every weight's (relative error, norm), and the rows of the report that say otherwise."""
+    stored: dict[str, TensorInfo] = {}
+    for name in report["files"]:
+        if name.endswith(".safetensors") and name != ADAPTER_FILE:
+            stored.update(read_header(out / name, name).tensors)
+    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors
+    adapter_config = json.loads((out / "loftq_init/adapter_config.json").read_text(encoding="utf-8"))
+    scaling = peft_adapter.scaling(adapter_config["r"], adapter_config["lora_alpha"], adapter_config["use_rslora"])
+    output = FORMATS[report["config"]["format"]]
+
+    pairs: list[tuple[float, float]] = []
+    violations: list[str] = []
+    for row in report["weights"]:
+        try:
+            W = _source_weight(checkpoint, row)
+            base = _stored_weight(out, stored, output, row, checkpoint.tensors[row["tensor"]].dtype, report["config"])
+            tensors = {name: _tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"])}
+        except LoftqError as error:
+            violations.append(error.message)
+            continue
+        lora_A, lora_B = peft_adapter.effective(tensors, scaling)
+        norm2, residual = squared_norm(W), W - base
+        measured = {
+            "relative_error": relative(squared_norm(residual - lora_B @ lora_A), norm2),
+            "relative_error_without_adapter": relative(squared_norm(residual), norm2),
+        }
+        for key, value in measured.items():
+            if not abs(value - row[key]) <= TOLERANCE * max(1.0, value):
+                violations.append(f"`{row['tensor']}`: {key} is {value:.6f}, the report says {row[key]:.6f}")
+        pairs.append((measured["relative_error"], float(norm2.sqrt())))
+        progress(row["name"], checkpoint.tensors[row["tensor"]].nbytes)
+    return pairs, violations
+
+
+def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
+    info = checkpoint.tensors.get(row["tensor"])
+    if info is None or list(info.shape) != row["shape"]:
+        raise LoftqError(f"`{row['tensor']}` {row['shape']} is not in the source")
+    return read_tensor(checkpoint.path(info.file), info).float()
+
+
+def _stored_weight(
+    out: Path,
+    stored: dict[str, TensorInfo],
+    output: Format,
+    row: dict[str, Any],
+    source_dtype: torch.dtype,
+    config: dict[str, Any],
+) -> Tensor:
+    extra = {"double_quant": True} if config["double_quant"] else {}
+    dtype = output.value_dtype(source_dtype)
+    quantizer = QUANTIZERS[row["quantizer"]](bits=row["bits"], group_size=row["group_size"], dtype=dtype, **extra)
+    like = quantizer.empty(*row["shape"])
+    prefix = row["tensor"].removesuffix(".weight")
+    tensors = {name: _tensor(out, stored, name) for name in output.tensors(prefix, like)}
+    return output.read(prefix, tensors, like)
+
+
+def _tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
+    if name not in infos:
+        raise LoftqError(f"`{name}` is missing from the files")
+    return read_tensor(out / infos[name].file, infos[name])

@@ -1,0 +1,238 @@
+"""A loopback Hub for tests: the read routes that huggingface_hub uses, over local folders.
+
+    with HubServer() as hub:
+        commit = hub.add("org/name", folder)
+        subprocess.run([...], env={**os.environ, **hub.environment(tmp_path / "home")})
+        assert hub.bytes_served["model.safetensors"] < 10_000
+
+huggingface_hub reads its endpoint when it is imported, so the client belongs in a process of its own.
+As on the real Hub, *.safetensors files redirect to another origin, which must see no token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_loopback"  # what a private or gated repo asks for
+
+
+@dataclass
+class Repo:
+    """Folders by commit, commits by branch or tag."""
+
+    commits: dict[str, Path] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False  # looks missing without the token
+    gated: bool = False  # described to everyone, its files closed without the token
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    range: str | None
+    authorized: bool
+
+
+@dataclass
+class Cut:
+    """Breaks the connection after so many bytes of a file's body, so many times."""
+
+    after_bytes: int
+    times: int
+
+
+class HubServer:
+    """Serves until the `with` block ends."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.bytes_served: Counter[str] = Counter()  # of file contents, by file name
+        self.cuts: dict[str, Cut] = {}
+        self.fail_with: int | None = None  # answer everything with this status
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.hub = self  # type: ignore[attr-defined]
+        self._port = self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self.storage = f"http://localhost:{self._port}"  # the same server, another origin
+
+    def __enter__(self) -> HubServer:
+        # polled often, or every test would wait half a second for the end
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, repo_id: str, folder: Path, ref: str = "main", **state: bool) -> str:
+        """Serve `folder` as `ref` of a repo, new or not; returns its commit."""
+        repo = self.repos.setdefault(repo_id, Repo())
+        commit = hashlib.sha1(f"{repo_id} {ref} {len(repo.commits)}".encode()).hexdigest()
+        repo.commits[commit] = folder
+        repo.refs[ref] = commit
+        for name, value in state.items():
+            setattr(repo, name, value)
+        return commit
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """What a client process needs in its environment; `home` holds its cache."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),  # other packages set it when they are imported
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "",
+            **more,
+        }
+
+    def reset(self) -> None:
+        """Forget what was asked and served, and behave again."""
+        self.requests.clear()
+        self.bytes_served.clear()
+        self.cuts.clear()
+        self.fail_with = None
+
+
+class _Refusal(Exception):
+    """An error answer: status, the Hub's error code, a message."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._route()
+
+    def do_HEAD(self) -> None:
+        self._route()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def authorized(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _route(self) -> None:
+        asked = Request(self.command, self.path, self.headers.get("Range"), "Authorization" in self.headers)
+        self.hub.requests.append(asked)
+        try:
+            if self.hub.fail_with:
+                raise _Refusal(self.hub.fail_with, "", "something broke")
+            for pattern, handler in _ROUTES.items():
+                if match := re.fullmatch(pattern, urlsplit(self.path).path):
+                    return handler(self, **{name: unquote(value or "") for name, value in match.groupdict().items()})
+            raise _Refusal(404, "", f"no route {self.path}")
+        except _Refusal as refusal:
+            status, code, message = refusal.args
+            headers = {"X-Error-Code": code, "X-Error-Message": message}
+            self._answer(status, json.dumps({"error": message}).encode(), headers)
+
+    def _commit(self, repo_id: str, revision: str, files: bool = False) -> tuple[Repo, str, Path]:
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and not self.authorized):
+            raise _Refusal(404, "RepoNotFound", "Repository not found")
+        if files and repo.gated and not self.authorized:
+            raise _Refusal(401, "GatedRepo", f"Access to model {repo_id} is restricted")
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo, commit, repo.commits[commit]
+
+    def _model_info(self, repo: str, revision: str = "main") -> None:
+        found, commit, folder = self._commit(repo, revision)
+        siblings: list[dict[str, Any]] = [{"rfilename": file} for file in _files(folder)]
+        if "blobs=" in self.path:
+            siblings = [{"rfilename": file, "size": path.stat().st_size} for file, path in _files(folder).items()]
+        info = {"id": repo, "modelId": repo, "sha": commit, "private": found.private, "gated": found.gated}
+        self._json({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+
+    def _tree(self, repo: str, revision: str, under: str) -> None:
+        _, _, folder = self._commit(repo, revision)
+        files = {file: path for file, path in _files(folder).items() if file.startswith(under)}
+        if not files:
+            raise _Refusal(404, "EntryNotFound", f"{under} does not exist")
+        oids = [(file, path.stat().st_size, _etag(path)) for file, path in files.items()]
+        self._json([{"type": "file", "path": file, "size": size, "oid": oid} for file, size, oid in oids])
+
+    def _resolve(self, repo: str, revision: str, file: str) -> None:
+        _, commit, folder = self._commit(repo, revision, files=True)
+        path = folder / file
+        if not path.is_file():
+            raise _Refusal(404, "EntryNotFound", "Entry not found")
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(path)}"'}
+        if not file.endswith(".safetensors"):
+            return self._file(path, headers)
+        headers |= {"X-Linked-Size": str(path.stat().st_size), "X-Linked-Etag": headers["ETag"]}
+        headers["Location"] = f"{self.hub.storage}/storage/{repo}/{commit}/{file}"
+        return self._answer(302, b"", headers)
+
+    def _storage(self, repo: str, commit: str, file: str) -> None:
+        self._file(self.hub.repos[repo].commits[commit] / file, {})
+
+    def _file(self, path: Path, headers: dict[str, str]) -> None:
+        content = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None:
+            return self._answer(200, content, headers, path.name)
+        begin, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
+        if begin >= len(content):
+            raise _Refusal(416, "", "range beyond the end")
+        headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
+        return self._answer(206, content[begin:end], headers, path.name)
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], file: str | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Accept-Ranges": "bytes", **headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cuts.get(file) if file else None
+        if cut is not None and cut.times > 0:
+            cut.times -= 1
+            body = body[: cut.after_bytes]
+            self.close_connection = True
+        self.wfile.write(body)
+        if file:
+            self.hub.bytes_served[file] += len(body)
+
+
+_REPO, _REVISION, _FILE = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"(?P<file>.+)"
+_ROUTES: dict[str, Callable[..., None]] = {
+    rf"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<under>.*))?": _Handler._tree,
+    rf"/api/models/{_REPO}/revision/{_REVISION}": _Handler._model_info,
+    rf"/api/models/{_REPO}": _Handler._model_info,
+    rf"/storage/{_REPO}/(?P<commit>[0-9a-f]{{40}})/{_FILE}": _Handler._storage,
+    rf"/{_REPO}/resolve/{_REVISION}/{_FILE}": _Handler._resolve,
+}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

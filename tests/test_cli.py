@@ -1,0 +1,160 @@
+"""What a person at a terminal and a CI job see: streams, exit codes, JSON, sentences."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loftq_cli import __version__
+from loftq_cli.cli import app
+from loftq_cli.config import QuantizeConfig, load_config
+
+FAST = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu"]
+
+
+def loftq(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_quantize_verify_inspect(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = loftq("quantize", *FAST, tiny_llama, out)
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.*.mlp.down_proj" in result.stdout
+    assert "output head" in result.stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{out}")' in result.stdout
+    assert f'PeftModel.from_pretrained(base, "{out}", subfolder="loftq_init", is_trainable=True)' in result.stdout
+    assert "gptqmodel" in result.stdout
+    assert f"loftq verify {out} --source {tiny_llama}" in result.stdout
+    assert "format `gptq`" in result.stderr
+    assert not (out / ".loftq").exists()
+
+    checked = loftq("verify", out, "--source", tiny_llama)
+    assert checked.exit_code == 0, checked.stdout
+    assert "14 weights recomputed" in checked.stdout
+
+    shown = loftq("inspect", out, "--html", tmp_path / "page.html")
+    assert shown.exit_code == 0, shown.stderr
+    assert "self_attn.q_proj" in shown.stdout
+    assert "self_attn.q_proj" in (tmp_path / "page.html").read_text()
+
+    again = loftq("quantize", *FAST, tiny_llama, out)
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stderr
+
+
+def test_json_is_one_object_on_stdout(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = json.loads(loftq("quantize", *FAST, "--json", tiny_llama, out).stdout)
+    report = json.loads((out / "loftq_report.json").read_text())
+    assert printed == {key: value for key, value in report.items() if key != "weights"}
+    totals = report["totals"]
+    assert totals["weights"] == len(report["weights"]) == 14
+    assert totals["parameters"] == sum(m * n for m, n in (row["shape"] for row in report["weights"]))
+    assert 0 < totals["relative_error"] < totals["relative_error_without_adapter"] < 1
+    assert set(totals["seconds"]) == {"total", "read", "quantize", "low_rank", "write"}
+    assert set(report["files"]) == {"model.safetensors", "config.json", "loftq_init/adapter_model.safetensors"}
+
+    assert json.loads(loftq("verify", "--json", out, "--source", tiny_llama).stdout)["ok"] is True
+    assert json.loads(loftq("inspect", "--json", out).stdout)["totals"] == totals
+
+
+def test_dry_run_writes_nothing_and_needs_headers_only(sharded_llama: Path, tmp_path: Path) -> None:
+    result = loftq("quantize", *FAST, "--dry-run", "--json", sharded_llama, tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    planned = json.loads(result.stdout)
+    reasons = {row["name"]: row["reason"] for row in planned["skipped"]}
+    assert reasons["lm_head.weight"] == "output head"
+    made = json.loads(loftq("quantize", *FAST, "--json", sharded_llama, tmp_path / "out").stdout)["totals"]
+    for key in ("weights", "parameters", "bits_per_weight", "base_bytes", "adapter_bytes"):
+        assert planned["totals"][key] == made[key]
+    shards = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert made["base_bytes"] == shards
+    assert made["adapter_bytes"] == (tmp_path / "out/loftq_init/adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--bits=5"], 2, "`--bits 5`"),
+        (["--quantizer=unifrm"], 2, "did you mean `uniform`"),
+        (["--device=gpu"], 2, "`--device gpu`"),
+        (["--bits-for=down_proj"], 2, "GLOB=BITS"),
+        (["--resume", "--overwrite"], 2, "contradict"),
+        (["--no-such-flag"], 2, "No such option"),
+        (["--config=absent.yaml"], 2, "`absent.yaml`"),
+        (["--rank=4000"], 1, "--rank 128"),
+        (["--bits=2", "--group-size=100"], 1, "does not divide"),
+        (["--skip=nothing"], 1, "matches no linear layer"),
+    ],
+)
+def test_exit_codes_and_sentences(tiny_llama: Path, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    rank = [] if any("rank" in argument for argument in arguments) else ["--rank=4"]
+    result = loftq("quantize", *rank, *arguments, tiny_llama, tmp_path / "out")
+    assert result.exit_code == code, result.stderr
+    assert result.stdout == ""
+    assert said.replace("128", "64") in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = loftq("quantize", tmp_path / "absent", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "absent" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_traceback_only_with_vv(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loftq_cli", "verify", str(tmp_path)]
+    assert "Traceback" not in subprocess.run([*command, "-v"], capture_output=True, text=True).stderr
+    loud = subprocess.run([*command, "-vv"], capture_output=True, text=True)
+    assert loud.returncode == 1
+    assert "Traceback" in loud.stderr
+
+
+def test_version() -> None:
+    assert loftq("--version").stdout == f"loftq {__version__}\n"
+
+
+def test_config_file_stands_between_defaults_and_flags(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("bits: 3\nrank: 8\ngroup-size: 32\nskip: ['*.k_proj']\nbits_for: {'*.down_proj': 4}\n")
+    config = load_config(file, {"rank": 4, "bits": None})
+    assert (config.bits, config.rank, config.group_size) == (3, 4, 32)
+    assert config.skip == ("*.k_proj",)
+    assert config.bits_for == {"*.down_proj": 4}
+
+
+@pytest.mark.parametrize("text", ["bit: 2", "bits: two", "- 2", "{", "rank: [1, 2]"])
+def test_a_bad_config_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    result = loftq("quantize", "--config", file, "MODEL", "OUT")
+    assert result.exit_code == 2
+    assert "options.yaml" in result.stderr.replace("\n", "")
+
+
+def test_flags_and_fields_are_the_same_set() -> None:
+    import inspect
+
+    from loftq_cli import cli
+
+    flags = set(inspect.signature(cli.quantize).parameters)
+    run_only = {"model", "out", "config", "resume", "overwrite", "dry_run", "json", "quiet", "verbose"}
+    assert flags - run_only == set(QuantizeConfig.model_fields)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_are_valid_and_plan(file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    first, *rest = file.read_text().splitlines()
+    assert first == f"# loftq quantize --config configs/{file.name} MODEL OUT"
+    assert len(rest) < 15
+    assert load_config(file)
+    assert loftq("quantize", "--config", file, "--dry-run", tiny_llama, tmp_path / "out").exit_code == 0

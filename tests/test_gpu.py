@@ -1,0 +1,84 @@
+"""On a GPU: the same result as on the CPU, but for ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loftq_cli import quantize
+from loftq_cli.checkpoint.reader import read_tensor
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import dequantize
+from loftq_cli.verify import verify
+from loftq_cli.worker import quantize_weight
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_codes_equal_those_of_the_cpu_except_ties(quantizer: str, bits: int) -> None:
+    if quantizer == "nf" and bits == 8:
+        return
+    W = torch.distributions.StudentT(3.0).sample((384, 512)) * 0.02
+    quantize_one = QUANTIZERS[quantizer](bits=bits, group_size=64).quantize
+    here, there = quantize_one(W), quantize_one(W.cuda())
+    same = (here.codes == there.codes.cpu()).double().mean().item()
+    assert same > 0.999
+    errors = [(W - dequantize(q).cpu()).norm() / W.norm() for q in (here, there)]
+    assert errors[0].item() == pytest.approx(errors[1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["loftq", "qlora"])
+@pytest.mark.parametrize(("bits", "format"), [(2, "gptq"), (4, "bnb"), (3, "dense")])
+def test_errors_agree_with_the_cpu(tiny_llama: Path, method: str, bits: int, format: str) -> None:
+    plan = plan_quantize(str(tiny_llama), QuantizeConfig(bits=bits, method=method, rank=4, device="cpu", format=format))
+    for job in plan.jobs:
+        info = plan.checkpoint.tensors[job.tensor]
+        weight = read_tensor(plan.checkpoint.path(info.file), info)
+        rows = [quantize_weight(plan, job, weight, torch.device(device)).row for device in ("cpu", "cuda")]
+        for key in ("relative_error", "relative_error_without_adapter"):
+            assert getattr(rows[0], key) == pytest.approx(getattr(rows[1], key), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4}, {"bits": 2, "quantizer": "nf"}])
+def test_a_run_on_the_gpu_verifies_and_repeats(sharded_llama: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    reports = [quantize(sharded_llama, tmp_path / str(number), rank=4, device="cuda", **options) for number in range(2)]
+    assert reports[0]["files"] == reports[1]["files"]
+    assert reports[0]["totals"]["peak_device_bytes"] > 0
+    assert verify(tmp_path / "0", str(sharded_llama)).violations == ()
+
+
+def test_bitsandbytes_on_the_gpu_dequantizes_to_the_same_values_and_trains(tiny_llama: Path, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from loftq_cli.formats import bnb
+    from loftq_cli.pipeline import plan_quantize
+
+    out = tmp_path / "out"
+    quantize(tiny_llama, out, bits=4, rank=4, device="cuda")
+    base = AutoModelForCausalLM.from_pretrained(out, device_map={"": 0})
+    plan = plan_quantize(str(tiny_llama), QuantizeConfig(bits=4, rank=4, device="cpu"))
+    from safetensors.torch import load_file
+
+    stored = load_file(out / "model.safetensors")
+    for job in plan.jobs:
+        weight = base.get_submodule(job.module).weight
+        loaded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        expected = bnb.read(job.stored_prefix, stored, plan.empty(job))
+        assert torch.equal(loaded.cpu().float(), expected)
+    model = PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
+    ids = torch.arange(1, 17, device="cuda")[None]
+    model(ids, labels=ids).loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert len(gradients) == 28
+    assert all(gradient is not None and gradient.any() for gradient in gradients)

@@ -1,0 +1,203 @@
+"""Every method keeps the contract; LoftQ follows the published algorithm and never does worse than no adapter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from loftq_cli.methods import METHODS, Decomposition, loftq, qlora, seed_for, squared_norm
+from loftq_cli.quantizers import QUANTIZERS, NormalFloat, QuantizedWeight, Quantizer, Uniform, dequantize
+
+reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_golden.py")))
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine wait longer for a second thread than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weight(m: int, n: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(reference.gaussian(m, n, seed)).float()
+
+
+def relative_error(W: Tensor, d: Decomposition) -> float:
+    """As a consumer computes it, in float64."""
+    product = d.factors.lora_B.double() @ d.factors.lora_A.double()
+    return float((W.double() - dequantize(d.quantized).double() - product).norm() / W.double().norm())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 130), (64, 64), (96, 257), (300, 320)], ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, quantizer: str, shape: tuple[int, int]) -> None:
+    W, row = weight(*shape), QUANTIZERS[quantizer](bits=2, group_size=64)
+    before = W.clone()
+    d, again = (METHODS[method](W, row, 8, iters=3, seed=7) for _ in range(2))
+    assert torch.equal(W, before), "the method changed its input"
+    assert d.factors.lora_A.shape == (8, shape[1])
+    assert d.factors.lora_B.shape == (shape[0], 8)
+    for factor, same in ((d.factors.lora_A, again.factors.lora_A), (d.factors.lora_B, again.factors.lora_B)):
+        assert factor.dtype == torch.float32
+        assert factor.is_contiguous()
+        assert torch.isfinite(factor).all()
+        assert torch.equal(factor, same), "not deterministic"
+    assert d.factors.lora_A.any(dim=1).all(), "a row of lora_A and a column of lora_B that are both zero never train"
+    assert 0 <= d.iterations <= 3
+    assert relative_error(W, d) <= relative_error(W, qlora(W, row, 8, iters=3, seed=7)) * (1 + 1e-6)
+
+
+def test_qlora_starts_as_peft_does() -> None:
+    W = weight(96, 257)
+    d = qlora(W, NormalFloat(4), 16, iters=5, seed=11)
+    torch.manual_seed(11)
+    lora_A = torch.nn.init.kaiming_uniform_(torch.empty(16, 257), a=5**0.5)  # PEFT's reset_lora_parameters
+    assert torch.allclose(d.factors.lora_A, lora_A, rtol=1e-6)
+    assert not d.factors.lora_B.any()
+    assert d.iterations == 0
+    assert torch.equal(d.quantized.codes, NormalFloat(4).quantize(W).codes)
+
+
+def families(m: int, n: int) -> dict[str, np.ndarray]:
+    rng = np.random.RandomState(3)
+    low_rank = rng.standard_normal((m, 12)) * np.logspace(0, -1.5, 12) @ rng.standard_normal((12, n))
+    return {
+        "gaussian": rng.standard_normal((m, n)),
+        "student-t": rng.standard_t(3, (m, n)),
+        "low rank + noise": low_rank + 0.3 * rng.standard_normal((m, n)),
+    }
+
+
+@pytest.mark.parametrize("quantizer", [Uniform(2, 64), Uniform(4, 64), NormalFloat(2), NormalFloat(4)], ids=str)
+@pytest.mark.parametrize("family", families(2, 2))
+@pytest.mark.parametrize(("shape", "rank"), [((300, 384), 8), ((512, 320), 4), ((256, 256), 64)], ids=str)
+def test_loop_against_full_singular_value_decompositions(
+    shape: tuple[int, int], rank: int, family: str, quantizer: Quantizer
+) -> None:
+    W = families(*shape)[family].astype(np.float32)
+
+    def fake_quantize(x: np.ndarray) -> np.ndarray:
+        return dequantize(quantizer.quantize(torch.from_numpy(x).float())).double().numpy()
+
+    best = min(reference.loftq_errors(W.astype(np.float64), fake_quantize, rank, 5))
+    d = loftq(torch.from_numpy(W), quantizer, rank, iters=5, seed=0)
+    assert relative_error(torch.from_numpy(W), d) <= best * 1.001
+
+
+def test_golden() -> None:
+    W = weight(256, 384)
+    assert relative_error(W, loftq(W, NormalFloat(4), 16, iters=5, seed=0)) == pytest.approx(GOLDEN["loftq"], rel=1e-3)
+    assert relative_error(W, qlora(W, NormalFloat(4), 16, iters=5, seed=0)) == pytest.approx(GOLDEN["qlora"], rel=1e-5)
+
+
+def test_more_alternations_never_lose() -> None:
+    W = torch.from_numpy(families(128, 192)["low rank + noise"]).float()
+    for quantizer in (Uniform(2, 64), NormalFloat(2)):
+        errors = [relative_error(W, loftq(W, quantizer, 8, iters=iters, seed=0)) for iters in range(6)]
+        assert all(later <= earlier * (1 + 1e-7) for earlier, later in itertools.pairwise(errors))
+        assert errors[5] < 0.95 * errors[1] < 0.95 * errors[0]
+
+
+@dataclass(frozen=True)
+class Faltering:
+    """A quantizer that is good at its `good`-th call only."""
+
+    calls: list[int]
+    good: int
+    bits: int = 4
+    group_size: int = 64
+    dtype: torch.dtype = torch.float32
+
+    def quantize(self, W: Tensor) -> QuantizedWeight:
+        self.calls.append(1)
+        return Uniform(4 if len(self.calls) == self.good else 2, 64).quantize(W)
+
+    def empty(self, m: int, n: int) -> QuantizedWeight:
+        return Uniform(4, 64).empty(m, n)
+
+
+@pytest.mark.parametrize("good", [1, 3, 5])
+def test_the_best_alternation_is_kept(good: int) -> None:
+    W = weight(96, 128)
+    d = loftq(W, Faltering([], good), 4, iters=5, seed=0)
+    assert d.iterations == good
+    assert d.quantized.bits == 4, "codes and factors of one and the same alternation"
+    assert relative_error(W, d) < 0.1
+    assert relative_error(W, d) == pytest.approx(
+        relative_error(W, loftq(W, Faltering([], good), 4, iters=good, seed=0)), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("iters", [1, 5])
+def test_full_rank_repairs_everything(iters: int) -> None:
+    for shape in ((64, 96), (96, 64), (1, 1), (3, 5)):
+        W = weight(*shape)
+        d = loftq(W, Uniform(2, 64), min(shape), iters=iters, seed=0)
+        assert relative_error(W, d) < 1e-5
+
+
+def test_the_start_is_qloras_where_nothing_is_left_to_repair() -> None:
+    W = torch.randint(-1, 3, (96, 128)).float()  # on the 2-bit grid of scale 1
+    W[:, 0], W[:, 64], W[:, 1], W[:, 65] = -1, -1, 2, 2
+    d, plain = (method(W, Uniform(2, 64), 4, iters=5, seed=0) for method in (loftq, qlora))
+    assert relative_error(W, d) == 0
+    assert d.iterations == 0
+    assert torch.equal(d.factors.lora_A, plain.factors.lora_A)
+    assert not d.factors.lora_B.any()
+
+
+def test_spare_rank_can_still_train() -> None:
+    W = torch.zeros(64, 64)
+    W[5] = weight(1, 64)[0]  # a residual of rank 1
+    d = loftq(W, Uniform(2, 64), 4, iters=2, seed=0)
+    assert d.iterations > 0
+    assert relative_error(W, d) < 1e-5
+    assert d.factors.lora_A.any(dim=1).all()
+    assert int(d.factors.lora_B.any(dim=0).sum()) == 1
+
+
+def test_weights_beyond_fp16_scales_are_left_for_the_caller_to_refuse() -> None:
+    W = weight(64, 64)
+    W[3] *= 1e6
+    d = loftq(W, Uniform(2, 64), 4, iters=5, seed=0)
+    assert d.iterations == 0
+    assert not torch.isfinite(dequantize(d.quantized)[3]).any()
+
+
+def test_the_loop_sees_the_dtype_of_the_stored_values() -> None:
+    W = weight(96, 128)
+    d = loftq(W, NormalFloat(4, dtype=torch.bfloat16), 16, iters=3, seed=0)
+    blind = loftq(W, NormalFloat(4), 16, iters=3, seed=0)
+    rounded = dequantize(blind.quantized).bfloat16().double() + blind.factors.product().double()
+    assert relative_error(W, d) < float((W.double() - rounded).norm() / W.double().norm())
+
+
+def test_seeds_are_stable_and_apart() -> None:
+    assert seed_for(0, "model.layers.0.mlp.up_proj.weight") == 5872548965788916819  # printf, sha256sum
+    seeds = {seed_for(seed, name) for seed in range(50) for name in ("a", "b", "1:a", "0")}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1023,), (1024,), (5, 1025), (400, 1000), (2_000_000,)], ids=str)
+def test_squared_norm(shape: tuple[int, ...]) -> None:
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    norm = squared_norm(x)
+    assert norm.shape == ()
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(float(x.double().square().sum()), rel=3e-7 if x.numel() < 10_000 else 1e-8)

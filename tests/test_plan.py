@@ -1,0 +1,182 @@
+"""Every decision and refusal comes from headers, before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loftq_cli.config import QuantizeConfig, build_config
+from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.plan import Plan
+from tests.conftest import save_llama
+
+
+def plan(model: Path, **options: object) -> Plan:
+    return plan_quantize(str(model), build_config({"device": "cpu", **options}))
+
+
+def test_linears_are_found_and_the_rest_is_skipped_with_reasons(tiny_llama: Path) -> None:
+    found = plan(tiny_llama, bits=2, rank=4)
+    assert [job.module for job in found.jobs if ".0." in job.module] == [
+        f"model.layers.0.{name}"
+        for name in (
+            "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
+            "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
+        )
+    ]  # fmt: skip
+    assert found.skipped["lm_head.weight"] == "output head"
+    assert found.skipped["model.embed_tokens.weight"] == "embedding"
+    assert found.skipped["model.norm.weight"] == "norm"
+    assert set(found.skipped) | {job.tensor for job in found.jobs} == set(found.checkpoint.tensors)
+    assert (found.architecture, found.auto_class, found.task_type) == (
+        "LlamaForCausalLM", "AutoModelForCausalLM", "CAUSAL_LM",
+    )  # fmt: skip
+
+
+def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    found = plan(model, bits=2, rank=4)
+    assert "lm_head.weight" not in found.checkpoint.tensors
+    assert "lm_head" in found.skipped_linears
+    assert found.skipped["model.embed_tokens.weight"] == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("options", "format", "quantizer"),
+    [
+        ({}, "bnb", "nf"),
+        ({"bits": 4, "quantizer": "uniform"}, "gptq", "uniform"),
+        ({"bits": 2}, "gptq", "uniform"),
+        ({"bits": 8}, "gptq", "uniform"),
+        ({"bits": 2, "quantizer": "nf"}, "dense", "nf"),
+        ({"bits": 3, "format": "compressed-tensors"}, "compressed-tensors", "uniform-symmetric"),
+        ({"bits": 4, "format": "gptq"}, "gptq", "uniform"),
+        ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "dense", "uniform"),
+        ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "dense", "uniform"),
+    ],
+)
+def test_defaults(tiny_llama: Path, options: dict[str, object], format: str, quantizer: str) -> None:
+    found = plan(tiny_llama, rank=4, **options)
+    assert (found.config.format, found.config.quantizer, found.config.alpha) == (format, quantizer, 4.0)
+    if "format" not in options:
+        assert any(note.startswith(f"format `{format}`") for note in found.notes)
+
+
+def test_bits_for_the_last_matching_rule_wins(tiny_llama: Path) -> None:
+    found = plan(tiny_llama, rank=4, bits=2, bits_for={"model.layers.0.*": 4, "*.down_proj": 8})
+    bits = {job.module: job.bits for job in found.jobs}
+    assert bits["model.layers.0.mlp.up_proj"] == 4
+    assert bits["model.layers.0.mlp.down_proj"] == 8
+    assert bits["model.layers.1.mlp.up_proj"] == 2
+
+
+def test_bits_per_weight_counts_scales_zero_points_and_indices(tiny_llama: Path) -> None:
+    found = plan(tiny_llama, bits=2, rank=4)
+    bits = sum(
+        m * n * 2 + (n // 64) * m * (16 + 2) + 32 * n  # codes, float16 scales and 2-bit zero points, int32 g_idx
+        for m, n in (job.shape for job in found.jobs)
+    )
+    assert found.bits_per_weight == pytest.approx(bits / found.parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (
+            {"rank": 65},
+            r"`--rank 65` is above the smaller side of `model.layers.0.self_attn.k_proj.weight`.*3 more",
+            "64",
+        ),
+        (
+            {"rank": 4, "bits": 2, "group_size": 96},
+            r"`--group-size 96` does not divide in_features 256.*13 more",
+            "128, 64",
+        ),
+        ({"rank": 4, "skip": ("*.qproj",)}, r"`--skip \*.qproj` matches no linear layer", "did you mean `q_proj`"),
+        ({"rank": 4, "bits_for": {"lm_head": 4}}, "`--bits-for lm_head` matches no linear layer", "module names"),
+        (
+            {"rank": 4, "bits": 2, "quantizer": "nf", "format": "gptq"},
+            "`--format gptq` cannot hold this",
+            "--format dense",
+        ),
+        ({"rank": 4, "bits": 2, "format": "bnb"}, "`--format bnb` cannot hold this.*2 bits", "--format gptq"),
+        ({"rank": 4, "skip": ("model.*",)}, "no linear weight to quantize", "--skip"),
+        ({"rank": 4, "device": "cuda:7"}, "`--device cuda:7`: torch sees", "auto"),
+    ],
+)
+def test_refusals_name_the_tensor_and_the_way_out(
+    tiny_llama: Path, options: dict[str, object], message: str, hint: str
+) -> None:
+    with pytest.raises(LoftqError, match=message) as refused:
+        plan(tiny_llama, **options)
+    assert refused.value.exit_code == 1
+    assert hint in refused.value.hint
+
+
+def test_rank_hint_is_the_largest_that_works(tiny_llama: Path) -> None:
+    assert plan(tiny_llama, rank=64).config.rank == 64
+
+
+def test_dense_pads_a_short_last_group(tiny_llama: Path) -> None:
+    assert plan(tiny_llama, rank=4, bits=2, group_size=96, format="dense").jobs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "`--bits 5`"),
+        ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
+        ({"double_quant": True, "bits": 2}, "double_quant"),
+        ({"group_size": 3}, "out of range"),
+        ({"iters": 0}, "`--iters 0`"),
+        ({"device": "gpu"}, "`--device gpu`"),
+        ({"quantiser": "nf"}, "unknown option `quantiser`"),
+    ],
+)
+def test_options_wrong_in_themselves(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        build_config(options)
+    assert refused.value.exit_code == 2
+
+
+def test_an_unknown_architecture_falls_back_to_a_rule_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config |= {"model_type": "brand-new", "architectures": ["BrandNewForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
+    found = plan(tmp_path, bits=2, rank=4, format="dense")
+    assert len(found.jobs) == 14
+    assert "names and shapes" in found.notes[0]
+    assert "brand-new" in found.notes[0]
+    assert "lm_head" in found.skipped_linears
+
+
+def test_a_tensor_of_another_shape_than_the_model_is_not_taken_for_a_weight(tiny_llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_llama / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:64].clone()
+    tensors["extra.weight"] = torch.zeros(64, 64)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    found = plan(tmp_path, bits=2, rank=4)
+    assert "shape [64, 128] in the file, [256, 128] in the model" in found.skipped[name]
+    assert found.skipped["extra.weight"] == "not a weight of this architecture"
+
+
+def test_every_choice_of_the_configuration_is_a_row_of_its_table() -> None:
+    from typing import get_args
+
+    from loftq_cli.formats import FORMATS
+    from loftq_cli.methods import METHODS
+    from loftq_cli.quantizers import QUANTIZERS
+
+    fields = QuantizeConfig.model_fields
+    assert set(get_args(fields["method"].annotation)) == set(METHODS)
+    assert set(get_args(fields["format"].annotation)) == {"auto", *FORMATS}
+    quantizers = next(arg for arg in get_args(fields["quantizer"].annotation) if arg is not type(None))
+    assert set(get_args(quantizers)) == set(QUANTIZERS)

@@ -1,0 +1,51 @@
+"""The README speaks of what is there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from loftq_cli import cli
+from loftq_cli.formats import FORMATS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_flag_is_in_the_option_table() -> None:
+    arguments = set(inspect.signature(cli.quantize).parameters) - {"model", "out", "quiet", "verbose"}
+    missing = [name for name in arguments if f"`--{name.replace('_', '-')}" not in README]
+    assert not missing
+
+
+def test_every_format_is_in_the_table() -> None:
+    assert all(f"| `{name}` |" in README for name in FORMATS)
+
+
+def test_every_module_is_in_the_layout() -> None:
+    layout = README[README.index("## Layout") : README.index("### Add a quantizer")]
+    for path in (ROOT / "loftq_cli").glob("*.py"):
+        assert path.name in layout or path.name.startswith("__"), path.name
+    for folder in (ROOT / "loftq_cli").iterdir():
+        assert folder.name == "__pycache__" or folder.suffix or f"{folder.name}/" in layout
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^scripts/\w+", README, re.MULTILINE))))
+def test_the_commands_exist_and_can_be_run(command: str) -> None:
+    assert os.access(ROOT / command, os.X_OK)
+
+
+def test_measured_tables_are_those_of_the_results() -> None:
+    """Every row that scripts/bench.py printed stands in the README as it was printed."""
+    from scripts import bench
+
+    for file in sorted((ROOT / "scripts/results").glob("*.json")):
+        rows = json.loads(file.read_text())["rows"]
+        for row in rows:
+            printed = bench.table_row(row, bench.COLUMNS[file.stem.removesuffix("-cuda")])
+            assert printed in README, f"{file.name}: {printed}"

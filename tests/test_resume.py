@@ -1,0 +1,270 @@
+"""A run killed at any point and resumed gives the bytes of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loftq_cli import pipeline
+from loftq_cli.errors import LoftqError
+
+OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32, "format": "dense"}
+WITH_TIMES = {"loftq_report.json", "README.md"}
+
+# Loads everything once, then forks a child for every kill point: the child dies by SIGKILL inside the n-th call.
+DRIVER = """
+import json, os, signal, sys
+from loftq_cli import pipeline
+from loftq_cli.checkpoint import writer
+from loftq_cli import journal
+
+model, points = sys.argv[1], json.loads(sys.argv[2])
+options = json.loads(sys.argv[3])
+owners = {"ShardWriter": writer.ShardWriter, "Journal": journal.Journal, "pipeline": pipeline}
+
+def kill_in(where, nth, when):
+    owner, name = where.split(".")
+    original, calls = getattr(owners[owner], name), [0]
+    def deadly(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == nth and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls[0] == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owners[owner], name, deadly)
+
+for out, where, nth, when, commit_seconds in points:
+    pid = os.fork()
+    if pid == 0:
+        pipeline.COMMIT_SECONDS = commit_seconds
+        kill_in(where, nth, when)
+        pipeline.quantize(model, out, **options)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else -1, flush=True)
+"""
+
+# (where, n-th call, before or after it, seconds between commits: 0 journals every weight, 99 only whole shards)
+POINTS = [
+    ("ShardWriter.write", 1, "before", 0),
+    ("ShardWriter.write", 5, "after", 0),
+    ("ShardWriter.write", 20, "after", 0),
+    ("ShardWriter.write", 20, "after", 99),
+    ("ShardWriter.write_chunks", 9, "before", 0),
+    ("ShardWriter.sync", 6, "before", 0),
+    ("Journal.commit", 1, "before", 0),
+    ("Journal.commit", 4, "after", 0),
+    ("ShardWriter.finish", 1, "before", 99),
+    ("ShardWriter.finish", 1, "after", 99),  # renamed, not journaled
+    ("ShardWriter.finish", 2, "after", 0),
+    ("ShardWriter.set_metadata", 1, "after", 0),
+    ("ShardWriter.finish", -1, "after", 0),  # the adapter, the last file of tensors
+    ("pipeline.write_file", 1, "after", 0),
+    ("pipeline.copy_file", 1, "before", 0),
+    ("pipeline.write_file", 3, "after", 0),
+    ("pipeline.write_file", 5, "before", 0),  # the report: all but it is there
+]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in WITH_TIMES
+    }
+
+
+def without_times(out: Path) -> dict[str, object]:
+    report = json.loads((out / "loftq_report.json").read_text())
+    for key in ("seconds", "peak_host_bytes", "peak_device_bytes"):
+        del report["totals"][key]
+    for row in report["weights"]:
+        del row["seconds"]
+    return report
+
+
+def test_killed_anywhere_and_resumed_gives_identical_bytes(sharded_llama: Path, tmp_path: Path) -> None:
+    straight = tmp_path / "straight" / "out"
+    pipeline.quantize(sharded_llama, straight, **OPTIONS)
+    shards = len(list(sharded_llama.glob("*.safetensors")))
+    points = []
+    for number, (where, nth, when, commit_seconds) in enumerate(POINTS):
+        # every run is made under the same absolute path: adapter_config.json names it
+        points.append((str(tmp_path / f"{number}"), where, shards + 1 if nth == -1 else nth, when, commit_seconds))
+    driver = [sys.executable, "-c", DRIVER, str(sharded_llama), json.dumps(points), json.dumps(OPTIONS)]
+    signals = subprocess.check_output(driver, text=True).split()
+    assert signals == [str(int(signal.SIGKILL))] * len(points)
+
+    expected = contents(straight)
+    for out, *point in points:
+        assert (Path(out) / ".loftq").is_dir(), point
+        assert not (Path(out) / "loftq_report.json").exists(), point
+        with pytest.raises(LoftqError, match="unfinished") as refused:
+            pipeline.quantize(sharded_llama, out, **OPTIONS)
+        assert "--resume" in refused.value.hint
+        pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+        actual = contents(Path(out))
+        named = "loftq_init/adapter_config.json"
+        actual[named] = actual[named].replace(out.encode(), str(straight).encode())
+        assert actual == expected, point
+        assert without_times(Path(out)) == without_times(straight), point
+
+
+def test_a_journal_line_cut_short_is_ignored(sharded_llama: Path, tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    pipeline.quantize(sharded_llama, straight, **OPTIONS)
+    _stop_after(3, sharded_llama, out)
+    journal = out / ".loftq" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+    assert contents(out).keys() == contents(straight).keys()
+    assert without_times(out) == without_times(straight)
+
+
+def test_resume_does_not_compute_again_what_is_journaled(
+    sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    _stop_after(6, sharded_llama, out)
+    computed = []
+    original = pipeline.quantize_weight
+    monkeypatch.setattr(
+        pipeline, "quantize_weight", lambda plan, job, *rest: computed.append(job) or original(plan, job, *rest)
+    )
+    report = pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+    assert len(computed) == report["totals"]["weights"] - 6
+
+
+def test_resume_with_other_settings_is_refused_naming_field_old_and_new(sharded_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _stop_after(2, sharded_llama, out)
+    with pytest.raises(LoftqError, match=r"--rank was 4, now 8") as refused:
+        pipeline.quantize(sharded_llama, out, resume=True, **{**OPTIONS, "rank": 8})
+    assert "--overwrite" in refused.value.hint
+    pipeline.quantize(sharded_llama, out, overwrite=True, **{**OPTIONS, "rank": 8})
+
+
+def test_resume_notices_another_source(sharded_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _stop_after(2, sharded_llama, out)
+    with pytest.raises(LoftqError, match="source checkpoint was"):
+        pipeline.quantize(tiny_llama, out, resume=True, **OPTIONS)
+
+
+def test_resume_on_nothing_starts_fresh(tiny_llama: Path, tmp_path: Path) -> None:
+    for name, prepare in {"absent": None, "empty": "mkdir", "begun": "work folder"}.items():
+        out = tmp_path / name
+        if prepare:
+            out.mkdir()
+        if prepare == "work folder":
+            (out / ".loftq").mkdir()
+        assert pipeline.quantize(tiny_llama, out, resume=True, **OPTIONS)["totals"]["weights"] == 14
+
+
+def test_finished_and_asked_again_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = pipeline.quantize(tiny_llama, out, **OPTIONS)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert pipeline.quantize(tiny_llama, out, **OPTIONS) == first
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(LoftqError, match="--bits was 2, now 4"):
+        pipeline.quantize(tiny_llama, out, **{**OPTIONS, "bits": 4, "quantizer": "uniform"})
+
+
+def test_overwrite_removes_only_what_loftq_wrote(sharded_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.quantize(sharded_llama, out, **OPTIONS)
+    (out / "notes.txt").write_text("mine")
+    pipeline.quantize(tiny_llama, out, overwrite=True, **OPTIONS)
+    names = {path.name for path in out.glob("*")}
+    assert (out / "notes.txt").read_text() == "mine"
+    assert "model.safetensors" in names
+    assert not any("-of-" in name or name.endswith("index.json") for name in names)
+
+
+def test_a_folder_of_somebody_else_is_never_written_to(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(LoftqError, match="nothing that loftq made"):
+            pipeline.quantize(tiny_llama, tmp_path, **flags, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    with pytest.raises(LoftqError, match="is a file"):
+        pipeline.quantize(tiny_llama, tmp_path / "config.json", **OPTIONS)
+
+
+def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refusals = []
+
+    def second_run(name: str, size: int) -> None:
+        with pytest.raises(LoftqError) as refused:
+            pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+        refusals.append(refused.value.message)
+
+    pipeline.quantize(sharded_llama, out, progress=second_run, **OPTIONS)
+    assert set(refusals) == {f"another run is writing to `{out}`"}
+
+
+def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(sharded_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "loftq_cli", "quantize", "--bits=2", "--rank=4", "--iters=3000", "--group-size=32"]
+    command += ["--format=dense", str(sharded_llama), str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / ".loftq" / "journal.jsonl").exists():
+            time.sleep(3.0)
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.05)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert f"loftq quantize --bits=2 --rank=4 --iters=3000 --group-size=32 --format=dense {sharded_llama}" in stderr
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_failure_before_any_progress_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise LoftqError("broken")
+
+    monkeypatch.setattr(pipeline, "run_shard", broken)
+    with pytest.raises(LoftqError, match="broken"):
+        pipeline.quantize(tiny_llama, tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_enough_disk_is_said_before_any_work(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(LoftqError, match="GiB are free"):
+        pipeline.quantize(tiny_llama, tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def _stop_after(weights: int, model: Path, out: Path) -> None:
+    """Run until so many weights are journaled, then stop as Ctrl-C does."""
+    done = []
+
+    def progress(name: str, size: int) -> None:
+        done.append(name)
+        if len(done) == weights:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, out, progress=progress, **OPTIONS)
