@@ -2,6 +2,7 @@
 
     python scripts/bench.py table MODEL     bits × method: bits per weight, errors, seconds, peak memory
     python scripts/bench.py svd MODEL       the same loop with full SVDs: time ratio and error ratio, in one run
+    python scripts/bench.py loop            the same comparison on random heavy-tailed matrices of growing size
     python scripts/bench.py agree MODEL     CUDA against CPU on every weight: codes and errors
 
 Prints a Markdown table and writes scripts/results/NAME.json, with the machine named in it.
@@ -33,6 +34,10 @@ COLUMNS = {  # of the printed tables, with their format specifications
         "low rank alone: ours, s": ".2f", "full SVD alone, s": ".1f", "ratio alone": ".0f",
         "error, ours": ".5f", "error, full SVD": ".5f", "error ratio": ".5f",
     },
+    "loop": {
+        "size": "", "bits": "", "ours, ms": ".1f", "full SVD, ms": ".0f", "ratio": ".0f", "error, ours": ".5f",
+        "error, full SVD": ".5f", "error ratio": ".5f",
+    },
     "agree": {
         "bits": "", "quantizer": "", "method": "", "format": "", "weights": "", "bytes of codes that differ": ".1e",
         "largest difference of errors": ".1e", "CPU, s": ".1f", "CUDA, s": ".1f",
@@ -56,8 +61,10 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, rows: list[dict[str, Any]], **extra: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
-    content = {"command": f"python scripts/bench.py {name}", "machine": machine(), **extra, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    here = machine()
+    content = {"command": f"python scripts/bench.py {name} MODEL", "machine": here, **extra, "rows": rows}
+    file = f"{name}-cuda" if here["gpu"] else name
+    (RESULTS / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table_row(row: dict[str, Any], columns: dict[str, str]) -> str:
@@ -99,8 +106,32 @@ def table(model: str) -> None:
     save("table", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
+def full_svd_loop(W: Any, quantizer: Any, rank: int, iters: int) -> tuple[Any, float]:
+    """LoftQ as published: a full SVD every round, the last round kept. Returns the result and seconds quantizing."""
+    import torch
+
+    from loftq_cli.quantizers.base import dequantize
+
+    product, seconds = torch.zeros_like(W), 0.0
+    for _ in range(iters):
+        start = now()
+        base = dequantize(quantizer.quantize(W - product))
+        seconds += now() - start
+        U, S, Vh = torch.linalg.svd(W - base, full_matrices=False)
+        product = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return base + product, seconds
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def svd(model: str) -> None:
-    """LoftQ's alternation as published (a full SVD every round, the last iterate) beside ours, weight by weight."""
+    """LoftQ's alternation as published beside ours, weight by weight, on every weight of a model."""
     import torch
 
     from loftq_cli.checkpoint.reader import read_tensor
@@ -110,12 +141,6 @@ def svd(model: str) -> None:
     from loftq_cli.quantizers.base import dequantize
 
     device = resolve_device("auto")
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     rows = []
     for bits in (2, 3, 4):
         plan = plan_quantize(model, QuantizeConfig(bits=bits, rank=RANK))
@@ -127,26 +152,20 @@ def svd(model: str) -> None:
             quantizer = plan.make_quantizer(job)
             if number == 0:  # warm up: threads, allocator, kernels
                 loftq(W, quantizer, RANK, iters=2, seed=0)
-
+                torch.linalg.svd(W)
             start = now()
             ours = loftq(W, quantizer, RANK, iters=ITERS, seed=seed_for(0, job.tensor))
             seconds["ours"] += now() - start
-            squares["ours"] += squared_norm(W - dequantize(ours.quantized) - ours.factors.product()).item()
             start = now()
             for _ in range(ITERS):
-                quantizer.quantize(W)
+                dequantize(quantizer.quantize(W))
             seconds["ours, quantize"] += now() - start
-
-            product = torch.zeros_like(W)
             start = now()
-            for _ in range(ITERS):
-                quantize_start = now()
-                base = dequantize(quantizer.quantize(W - product))
-                seconds["full SVD, quantize"] += now() - quantize_start
-                U, S, Vh = torch.linalg.svd(W - base, full_matrices=False)
-                product = (U[:, :RANK] * S[:RANK]) @ Vh[:RANK]
+            published, quantize_seconds = full_svd_loop(W, quantizer, RANK, ITERS)
             seconds["full SVD"] += now() - start
-            squares["full SVD"] += squared_norm(W - base - product).item()
+            seconds["full SVD, quantize"] += quantize_seconds
+            squares["ours"] += squared_norm(W - dequantize(ours.quantized) - ours.factors.product()).item()
+            squares["full SVD"] += squared_norm(W - published).item()
             squares["norm"] += squared_norm(W).item()
         error = {key: (squares[key] / squares["norm"]) ** 0.5 for key in ("ours", "full SVD")}
         low_rank = {key: seconds[key] - seconds[f"{key}, quantize"] for key in ("ours", "full SVD")}
@@ -161,8 +180,44 @@ def svd(model: str) -> None:
         })  # fmt: skip
         print(rows[-1], file=sys.stderr)
     print_table(rows, COLUMNS["svd"])
-    name = "svd" if device.type == "cpu" else "svd-cuda"
-    save(name, rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
+    save("svd", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
+
+
+def loop() -> None:
+    """The comparison of `svd` on random heavy-tailed matrices, Student-t with three degrees of freedom."""
+    import torch
+
+    from loftq_cli.methods import loftq
+    from loftq_cli.pipeline import resolve_device
+    from loftq_cli.quantizers import QUANTIZERS
+    from loftq_cli.quantizers.base import dequantize
+
+    device = resolve_device("auto")
+    rows = []
+    for size in (1024, 2048, 4096) if device.type == "cuda" else (512, 1024, 2048):
+        for bits in (2, 4):
+            torch.manual_seed(0)
+            W = (torch.distributions.StudentT(3.0).sample((size, size)) * 0.02).to(device)
+            quantizer = QUANTIZERS["uniform"](bits=bits, group_size=GROUP_SIZE)
+            times = []
+            for _ in range(5):
+                start = now()
+                ours = loftq(W, quantizer, RANK, iters=ITERS, seed=0)
+                times.append(now() - start)
+            start = now()
+            published, _ = full_svd_loop(W, quantizer, RANK, ITERS)
+            full_seconds = now() - start
+            error = (W - dequantize(ours.quantized) - ours.factors.product()).norm() / W.norm()
+            full_error = (W - published).norm() / W.norm()
+            best = sorted(times[1:])[1]  # the first warms up
+            rows.append({
+                "size": size, "bits": bits, "ours, ms": best * 1e3, "full SVD, ms": full_seconds * 1e3,
+                "ratio": full_seconds / best, "error, ours": error.item(), "error, full SVD": full_error.item(),
+                "error ratio": (error / full_error).item(),
+            })  # fmt: skip
+            print(rows[-1], file=sys.stderr)
+    print_table(rows, COLUMNS["loop"])
+    save("loop", rows, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
 def agree(model: str) -> None:
@@ -175,7 +230,7 @@ def agree(model: str) -> None:
     from loftq_cli.worker import quantize_weight
 
     rows = []
-    for bits, quantizer in ((2, "uniform"), (3, "uniform"), (4, "nf"), (8, "uniform"), (4, "uniform-symmetric")):
+    for bits, quantizer in ((2, "uniform"), (3, "uniform"), (4, "nf")):
         for method in ("qlora", "loftq"):
             config = QuantizeConfig(bits=bits, quantizer=quantizer, method=method, rank=RANK, device="cpu")
             plan = plan_quantize(model, config)
@@ -209,7 +264,12 @@ def agree(model: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "svd", "agree"))
-    parser.add_argument("model")
+    parser.add_argument("what", choices=("table", "svd", "loop", "agree"))
+    parser.add_argument("model", nargs="?")
     arguments = parser.parse_args()
-    {"table": table, "svd": svd, "agree": agree}[arguments.what](arguments.model)
+    if arguments.what == "loop":
+        loop()
+    elif arguments.model is None:
+        parser.error(f"{arguments.what} needs a MODEL")
+    else:
+        {"table": table, "svd": svd, "agree": agree}[arguments.what](arguments.model)

@@ -25,7 +25,7 @@ def main(folder: str, prompt: str) -> None:
 
     model.train()
     text = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife."
-    batch = tokenizer(text, return_tensors="pt")
+    batch = tokenizer(text, return_tensors="pt").to(model.device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
     losses = []
     for _ in range(3):
@@ -39,7 +39,7 @@ def main(folder: str, prompt: str) -> None:
     model.eval()
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ).to(model.device)
     answer = model.generate(**chat, max_new_tokens=40, do_sample=False)[0, chat["input_ids"].shape[1] :]
     print(f"{prompt}\n→ {tokenizer.decode(answer, skip_special_tokens=True)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import runpy
@@ -15,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loftq_cli.lowrank import LowRankFactors, top_r
 from loftq_cli.methods import METHODS, Decomposition, loftq, qlora, seed_for, squared_norm
 from loftq_cli.quantizers import QUANTIZERS, NormalFloat, QuantizedWeight, Quantizer, Uniform, dequantize
 
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_golden.py")))
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_text())
+loftq_module = importlib.import_module("loftq_cli.methods.loftq")  # the package shows the function by that name
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +173,21 @@ def test_spare_rank_can_still_train() -> None:
     assert int(d.factors.lora_B.any(dim=0).sum()) == 1
 
 
-def test_weights_beyond_fp16_scales_are_left_for_the_caller_to_refuse() -> None:
+def test_each_alternation_starts_from_the_last_ones_subspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def spy(residual: Tensor, rank: int, *, generator_seed: int, basis: Tensor | None) -> tuple[LowRankFactors, Tensor]:
+        given.append(basis)
+        factors, basis = top_r(residual, rank, generator_seed=generator_seed, basis=basis)
+        return factors, basis
+
+    monkeypatch.setattr(loftq_module, "top_r", spy)
+    loftq(weight(96, 128), Uniform(2, 64), 4, iters=3, seed=0)
+    assert [basis is None for basis in given] == [True, False, False]
+
+
+def test_weights_beyond_fp16_scales_are_left_for_the_caller_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(loftq_module, "top_r")  # some eigensolvers raise on NaN
     W = weight(64, 64)
     W[3] *= 1e6
     d = loftq(W, Uniform(2, 64), 4, iters=5, seed=0)

@@ -323,6 +323,20 @@ def test_nf4_is_bitsandbytes_byte_for_byte(shape: tuple[int, int], dtype: torch.
         assert torch.equal(dequantize(double), dequantize_4bit(packed, state).float())
 
 
+@pytest.mark.parametrize("length", [64, 40], ids=["full blocks", "a short block"])
+def test_nf4_breaks_ties_as_bitsandbytes_does(length: int) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    levels = normal_float_codebook(4)
+    middles = (levels[:-1] + levels[1:]) / 2
+    near = torch.cat([middles.nextafter(torch.tensor(1.0)), middles, middles.nextafter(torch.tensor(-1.0))])
+    block = torch.cat([torch.ones(19), near])[:length]
+    for absmax in [1.0, *weight(1, 200)[0].abs().tolist()]:
+        W = block[None] * absmax
+        packed, _ = quantize_4bit(W, quant_type="nf4", blocksize=64)
+        assert torch.equal(NormalFloat(4).quantize(W).codes.view(-1), nibbles(packed, W.numel()))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_code_is_the_nearest_level(bits: int) -> None:
     W = weight(96, 256)

@@ -60,7 +60,7 @@ def top_r(
         basis: what the previous call returned for a residual much like this one, as a warm start.
 
     Returns:
-        The factors, and a basis [m, k], k > rank, of the leading left singular vectors and the next few.
+        The factors, and a basis [m, k] of the leading left singular vectors, `rank` and the next few.
     """
     residual = residual.float()
     m, n = residual.shape

@@ -45,7 +45,8 @@ def squared_norm(x: Tensor) -> Tensor:
     whole = len(flat) // RUN * RUN
     runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
-    return runs.double().square().sum() + rest.double().square()
+    total: Tensor = runs.double().square().sum() + rest.double().square()
+    return total
 
 
 def seed_for(seed: int, name: str) -> int:
