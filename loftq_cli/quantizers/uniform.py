@@ -26,6 +26,7 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
 LOWEST_SHARE = {2: 0.35, 3: 0.4, 4: 0.55, 8: 0.9}  # of the covering scale, that 64 Gaussian weights may want
+TIE = 1 + 1e-5
 FINE_STEP = 0.02  # of the last, local round, relative to the scale
 
 
@@ -123,7 +124,7 @@ def _search(w: Tensor, bits: int, symmetric: bool, u: Tensor, v: Tensor) -> tupl
         # the scale of this group: then NaN is the least error, and the first candidate stays.
         errors[1:].nan_to_num_(nan=torch.inf)
         order = torch.arange(len(scale), dtype=w.dtype, device=w.device)[:, None]
-        k_best = torch.where(errors > errors.amin(0), len(scale), order).amin(0, keepdim=True).long()
+        k_best = torch.where(errors > errors.amin(0) * TIE, len(scale), order).amin(0, keepdim=True).long()
         return scale.gather(0, k_best)[0], zero_point.gather(0, k_best)[0]
 
     def least_squares(scale: Tensor, zero_point: Tensor) -> Tensor:
