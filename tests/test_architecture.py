@@ -12,13 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "loftq_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = {  # folder → what it may import of this package
-    "quantizers": {"loftq_cli.quantizers"},
+    "kernels": {"loftq_cli.kernels"},
+    "quantizers": {"loftq_cli.quantizers", "loftq_cli.kernels"},
     "lowrank": {"loftq_cli.lowrank", "loftq_cli.quantizers"},
     "methods": {"loftq_cli.methods", "loftq_cli.lowrank", "loftq_cli.quantizers"},
     "formats": {"loftq_cli.formats", "loftq_cli.quantizers", "loftq_cli.errors"},
     "checkpoint": {"loftq_cli.checkpoint", "loftq_cli.errors"},
 }
 FOREIGN = {  # folder → packages beside the standard library
+    "kernels": {"torch", "triton"},
     "quantizers": {"torch"},
     "lowrank": {"torch"},
     "methods": {"torch"},

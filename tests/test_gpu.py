@@ -10,8 +10,9 @@ import torch
 from loftq_cli import quantize
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.config import QuantizeConfig
+from loftq_cli.kernels import fused_uniform_search
 from loftq_cli.pipeline import plan_quantize
-from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers import QUANTIZERS, uniform
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.verify import verify
 from loftq_cli.worker import quantize_weight
@@ -34,6 +35,19 @@ def test_codes_equal_those_of_the_cpu_except_ties(quantizer: str, bits: int) -> 
     assert same > 0.999
     errors = [(W - dequantize(q).cpu()).norm() / W.norm() for q in (here, there)]
     assert errors[0].item() == pytest.approx(errors[1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("g", [32, 64, 100, 576, 4096])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_fused_search_is_its_torch_twin(symmetric: bool, bits: int, g: int) -> None:
+    w = torch.distributions.StudentT(3.0).sample((max(64, 65536 // g), g)) * 0.02
+    w[3], w[4], w[5], w[6], w[7], w[8] = 0, 5, -2, w[6] * 1e-7, w[7] * 1e8, w[8].abs()
+    assert fused_uniform_search() is not None
+    fused, twin = uniform._search(w.cuda(), bits, symmetric), uniform.search(w.cuda(), bits, symmetric)
+    for name, ours, expected in zip(("codes", "scale", "zero_point"), fused, twin, strict=True):
+        same = (ours.float() == expected.to(ours.dtype).float()).double().mean().item()
+        assert same > 0.999, name
 
 
 @pytest.mark.parametrize("method", ["loftq", "qlora"])

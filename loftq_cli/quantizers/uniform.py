@@ -1,7 +1,6 @@
 """Uniform grids: `W ≈ (codes - zero_point) * scale` with a clip range searched for least squared error.
 
-Shapes: m = out_features, n = in_features, g = group_size, G = groups in flight (rows of a chunk * groups of a row),
-K = candidates.
+Shapes: m = out_features, n = in_features, g = group_size, G = groups in flight (rows of a chunk * groups of a row).
 
 What the search costs and gains, measured on two cores: squared error ÷ energy of Gaussian groups of 64 at 2, 3, 4 bits
 is 0.1232, 0.0309, 0.0076 against 0.209, 0.038, 0.0083 of min-max, within 0.5 % (8 bits: 3 %) of trying every zero
@@ -11,12 +10,14 @@ another 0.1 %, 0.4 %, 1.6 %.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from loftq_cli.kernels import fused_uniform_search
 from loftq_cli.quantizers.base import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
@@ -26,7 +27,8 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
 LOWEST_SHARE = {2: 0.35, 3: 0.4, 4: 0.55, 8: 0.9}  # of the covering scale, that 64 Gaussian weights may want
-TIE = 1 + 1e-5
+TIE = 1 + 1e-5  # an error must be smaller by this to count, so that the last bit of a sum decides nothing
+WIDEST_FUSED = 4096  # longer groups do not fit the registers of one program
 FINE_STEP = 0.02  # of the last, local round, relative to the scale
 
 
@@ -53,13 +55,12 @@ class Uniform:
         assert result.zero_point is not None
         g, groups = result.group_size, result.scale.shape[1]
         rows = max(1, (CPU_CHUNK if W.device.type == "cpu" else GPU_CHUNK) // n)
-        buffers = torch.empty(2, min(rows, m) * groups, g, dtype=torch.float32, device=W.device)
         for start in range(0, m, rows):
             chunk = slice(start, start + rows)
             # Padding with zeros cannot move a result: zero lies on every grid, so it costs no error, and it adds
             # nothing to the two sums of the least-squares scale.
             w = torch.nn.functional.pad(W[chunk].float(), (0, groups * g - n)).reshape(-1, g)
-            codes, scale, zero_point = _search(w, self.bits, self.symmetric, *buffers[:, : len(w)])
+            codes, scale, zero_point = _search(w, self.bits, self.symmetric)
             result.codes[chunk] = codes.view(-1, groups * g)[:, :n]
             result.scale[chunk] = scale.view(-1, groups)
             result.zero_point[chunk] = zero_point.view(-1, groups)
@@ -96,78 +97,104 @@ class UniformSymmetric(Uniform):
     symmetric: ClassVar[bool] = True
 
 
-def _search(w: Tensor, bits: int, symmetric: bool, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _search(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the fused kernel where there is one for this device and width, else its torch twin."""
+    fused = fused_uniform_search() if w.is_cuda and w.shape[1] <= WIDEST_FUSED else None
+    if fused is None:
+        return search(w, bits, symmetric)
+    shares = coarse_shares(bits, w.shape[1])
+    full_shares = sum(share >= LOWEST_SHARE[bits] for share in shares)
+    return fused(w, bits, symmetric, shares, full_shares, TIE, (1 - FINE_STEP, 1 + FINE_STEP))
+
+
+def search(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Find the fp16 scale and the zero point of least squared error for each row of `w` [G, g].
 
     Three rounds, each keeping the best per group as judged with the scale that will be stored: shares of the covering
     scale; finer steps around the best, with its neighbouring zero points; the least-squares scale
-    `<w, c> / <c, c>` of the codes `c` so found, twice. `u`, `v` [G, g] are scratch space.
+    `<w, c> / <c, c>` of the codes `c` so found, twice.
+
+    `kernels.uniform` is this function, fused, for CUDA: a change here is a change there.
 
     Returns codes [G, g], scale [G] and zero_point [G], all float32.
     """
     top = 2**bits - 1
+    u, v = torch.empty_like(w), torch.empty_like(w)  # scratch space, so that a chunk stays in the cache
 
     def codes(scale: Tensor, zero_point: Tensor) -> Tensor:
         # u: the weights in units of the grid. (addcmul would save a pass, but with these shapes it is not vectorized.)
         torch.mul(w, scale.reciprocal()[:, None], out=u).add_(zero_point[:, None])
         return torch.round(u, out=v).clamp_(0, top)
 
-    def best(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        # The best of K candidates [K, G], the earliest of equals. argmin does the same, 20 times slower on a CPU.
-        scale = _round_to_fp16(scale)
-        errors = torch.empty_like(scale)
-        for k in range(len(scale)):
-            difference = codes(scale[k], zero_point[k]).sub_(u)
-            torch.linalg.vector_norm(difference, dim=1, out=errors[k])
-        errors.mul_(scale.abs())
-        # An infinite scale makes a NaN. In the first candidate, which needs no clipping, it means that fp16 cannot hold
-        # the scale of this group: then NaN is the least error, and the first candidate stays.
-        errors[1:].nan_to_num_(nan=torch.inf)
-        order = torch.arange(len(scale), dtype=w.dtype, device=w.device)[:, None]
-        k_best = torch.where(errors > errors.amin(0) * TIE, len(scale), order).amin(0, keepdim=True).long()
-        return scale.gather(0, k_best)[0], zero_point.gather(0, k_best)[0]
+    def best(candidates: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        scale, zero_point, least = None, None, None
+        for next_scale, next_zero_point in candidates:
+            next_scale = _round_to_fp16(next_scale)
+            error = torch.linalg.vector_norm(codes(next_scale, next_zero_point).sub_(u), dim=1).mul_(next_scale.abs())
+            if scale is None or zero_point is None or least is None:
+                scale, zero_point, least = next_scale, next_zero_point, error
+                continue
+            # An infinite scale makes a NaN. In the first candidate, which needs no clipping, it means that fp16 cannot
+            # hold the scale of this group: no comparison with NaN is true, and the first candidate stays.
+            better = error * TIE < least
+            scale = torch.where(better, next_scale, scale)
+            zero_point = torch.where(better, next_zero_point, zero_point)
+            least = torch.where(better, error, least)
+        assert scale is not None
+        assert zero_point is not None
+        return scale, zero_point
 
     def least_squares(scale: Tensor, zero_point: Tensor) -> Tensor:
         c = codes(scale, zero_point).sub_(zero_point[:, None])
         return _round_to_fp16(torch.mul(w, c, out=u).sum(1) / c.square_().sum(1).clamp_min_(1))
 
-    scale, zero_point = best(*_coarse(w, bits, symmetric))
-
-    moves = [(1.0, 0)] + [(1 + e, z) for e in (-FINE_STEP, FINE_STEP) for z in ((0,) if symmetric else (-1, 0, 1))]
-    scale, zero_point = best(
-        torch.stack([scale * factor for factor, _ in moves]),
-        torch.stack([(zero_point + step).clamp_(0, top) for _, step in moves]),
-    )
+    scale, zero_point = best(_coarse(w, bits, symmetric))
+    fine = [(scale * factor, (zero_point + step).clamp_(0, top)) for factor, step in fine_moves(symmetric)]
+    scale, zero_point = best(iter(fine))
     once = least_squares(scale, zero_point)
     twice = least_squares(once, zero_point)
-    scale, zero_point = best(torch.stack([scale, once, twice]), zero_point.expand(3, -1))
+    scale, zero_point = best((candidate, zero_point) for candidate in (scale, once, twice))
     return codes(scale, zero_point), scale, zero_point
 
 
-def _coarse(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return candidates for each group: scale and zero_point [K, G]. Min-max is among them, so it cannot win.
+def fine_moves(symmetric: bool) -> list[tuple[float, int]]:
+    """Return the second round's factors of the scale and steps of the zero point."""
+    steps = (0,) if symmetric else (-1, 0, 1)
+    return [(1.0, 0), *((1 + move, step) for move in (-FINE_STEP, FINE_STEP) for step in steps)]
 
-    The scale that covers a group from end to end, and shares of it down to where clipping costs more than it gains.
+
+def coarse_shares(bits: int, g: int) -> list[float]:
+    """Return the first round's shares of the covering scale, down to where clipping costs more than it gains."""
+    lowest = LOWEST_SHARE[bits]
+    shares = [1 - i * (1 - lowest) / 8 for i in range(9)]
+    while shares[-1] > lowest * 12 / g**0.5:  # an outlier of √g standard deviations can still be clipped
+        shares.append(shares[-1] * 0.85)
+    return shares
+
+
+def _coarse(w: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield candidates: scale and zero_point [G]. Min-max is among them, so it cannot win.
+
     The affine zero point lies where min-max has it, rounded either way; where a long group is clipped far
     beyond what 64 weights would want, the few weights that set the range no longer say where its middle is.
     """
     low, high = w.amin(1).clamp_max_(0), w.amax(1).clamp_min_(0)
-    top, half, lowest = 2**bits - 1, 2 ** (bits - 1), LOWEST_SHARE[bits]
-    shares = [1 - i * (1 - lowest) / 8 for i in range(9)]
-    while shares[-1] > lowest * 12 / w.shape[1] ** 0.5:  # an outlier of √g standard deviations can still be clipped
-        shares.append(shares[-1] * 0.85)
-
+    top, half = 2**bits - 1, 2 ** (bits - 1)
+    shares = coarse_shares(bits, w.shape[1])
     if symmetric:
         middle = torch.full_like(low, half)
-        covering = (torch.maximum(high / (half - 1), -low / half), -torch.maximum(high / half, -low / (half - 1)))
-        candidates = [(scale * share, middle) for share in shares for scale in covering]
+        upward = torch.maximum(high / (half - 1), -low / half)
+        downward = -torch.maximum(high / half, -low / (half - 1))
+        for share in shares:
+            yield upward * share, middle
+            yield downward * share, middle
     else:
         scale = _round_to_fp16((high - low) / top)
         exact = (-low / scale).clamp_(0, top)
         zero_points = (exact.floor(), exact.ceil(), exact.round().clamp_(half - 1, half))
-        candidates = [(scale * s, z) for s in shares for z in zero_points[: 2 if s >= lowest else 3]]
-    scales, middles = zip(*candidates, strict=True)
-    return torch.stack(scales), torch.stack(middles)
+        for share in shares:
+            for zero_point in zero_points[: 2 if share >= LOWEST_SHARE[bits] else 3]:
+                yield scale * share, zero_point
 
 
 def _round_to_fp16(scale: Tensor) -> Tensor:
