@@ -62,9 +62,10 @@ def test_exact_is_the_best_of_its_rank(shape: tuple[int, int], rank: int) -> Non
 
 def both_ways(residual: Tensor, rank: int) -> list[LowRankFactors]:
     """Exact, fast from a cold start, fast from a warm one."""
-    cold, basis = top_r(residual, rank, generator_seed=1)
-    assert basis.shape == (residual.shape[0], rank + svd.OVERSAMPLING), "not the fast path"
-    warm, _ = top_r(residual, rank, generator_seed=2, basis=basis)
+    cold, found = top_r(residual, rank, generator_seed=1)
+    assert found is not None, "not the fast path"
+    assert found.left.shape == (min(residual.shape), rank + svd.OVERSAMPLING)
+    warm, _ = top_r(residual, rank, generator_seed=2, start=found)
     return [top_r_exact(residual, rank), cold, warm]
 
 
@@ -98,9 +99,9 @@ def test_fast_is_exact_on_a_falling_spectrum() -> None:
 def test_a_warm_start_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     before, change = white(*FAST), white(*FAST, seed=1)
     after = before + 0.2 * change
-    _, basis = top_r(before, 4, generator_seed=0)
-    warm, _ = top_r(after, 4, generator_seed=0, basis=basis)
-    monkeypatch.setattr(svd, "COLD_STEPS", svd.WARM_STEPS)
+    _, found = top_r(before, 4, generator_seed=0)
+    warm, _ = top_r(after, 4, generator_seed=0, start=found)
+    monkeypatch.setattr(svd, "COLD_DEGREE", svd.WARM_DEGREE)
     cold, _ = top_r(after, 4, generator_seed=0)
     best = least_error(after, 4)
     assert error(after, warm) - best < 0.4 * (error(after, cold) - best)
@@ -139,7 +140,7 @@ def test_full_rank_is_the_residual_itself() -> None:
 
 def test_one_seed_one_result() -> None:
     residual = white(*FAST)
-    (one, basis), (same, _), (other, _) = (top_r(residual, 4, generator_seed=seed) for seed in (5, 5, 6))
+    (one, found), (same, _), (other, _) = (top_r(residual, 4, generator_seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one.lora_A, same.lora_A)
     assert torch.equal(one.lora_B, same.lora_B)
     assert not torch.equal(one.lora_A, other.lora_A)
@@ -148,7 +149,9 @@ def test_one_seed_one_result() -> None:
     again, _ = top_r(residual, 4, generator_seed=5)
     assert torch.equal(one.lora_A, again.lora_A)
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.allclose(basis.norm(dim=0), torch.ones(4 + svd.OVERSAMPLING))
+    assert found is not None
+    assert torch.allclose(found.left.T @ found.left, torch.eye(4 + svd.OVERSAMPLING), atol=1e-5)
+    assert (found.values.diff() <= 0).all()
 
 
 def test_products_are_taken_in_full_precision() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq_cli.lowrank import LowRankFactors, top_r
+from loftq_cli.lowrank import Subspace, top_r
 from loftq_cli.methods import METHODS, Decomposition, loftq, qlora, seed_for, squared_norm
 from loftq_cli.quantizers import QUANTIZERS, NormalFloat, QuantizedWeight, Quantizer, Uniform, dequantize
 
@@ -176,14 +176,13 @@ def test_spare_rank_can_still_train() -> None:
 def test_each_alternation_starts_from_the_last_ones_subspace(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def spy(residual: Tensor, rank: int, *, generator_seed: int, basis: Tensor | None) -> tuple[LowRankFactors, Tensor]:
-        given.append(basis)
-        factors, basis = top_r(residual, rank, generator_seed=generator_seed, basis=basis)
-        return factors, basis
+    def spy(residual: Tensor, rank: int, *, generator_seed: int, start: Subspace | None) -> object:
+        given.append(start)
+        return top_r(residual, rank, generator_seed=generator_seed, start=start)
 
     monkeypatch.setattr(loftq_module, "top_r", spy)
     loftq(weight(96, 128), Uniform(2, 64), 4, iters=3, seed=0)
-    assert [basis is None for basis in given] == [True, False, False]
+    assert [start is None for start in given] == [True, False, False]
 
 
 def test_weights_beyond_fp16_scales_are_left_for_the_caller_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:

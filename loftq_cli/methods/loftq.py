@@ -22,13 +22,13 @@ def loftq(W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seed: int) 
     """
     W = W.float()
     start = zero_start(W, rank, seed)
-    quantized, basis = quantizer.quantize(W), None
+    quantized, subspace = quantizer.quantize(W), None
     residual = W - dequantize(quantized)
     best, least = Decomposition(quantized, start, iterations=0), squared_norm(residual)
     for iteration in range(1, iters + 1):
         if not torch.isfinite(squared_norm(residual)):  # beyond what the scales can hold; no factors repair that
             break
-        factors, basis = top_r(residual, rank, generator_seed=seed, basis=basis)
+        factors, subspace = top_r(residual, rank, generator_seed=seed, start=subspace)
         product = factors.product()
         error = squared_norm(residual.sub_(product))
         if error < least:

@@ -80,9 +80,17 @@ def expand_groups(values: Tensor, shape: tuple[int, int], group_size: int) -> Te
 def dequantize(quantized: QuantizedWeight) -> Tensor:
     """Return the weight that the stored form stands for, float32 [m, n], rounded to `quantized.dtype`."""
     q = quantized
+    along = q.shape[1] if q.scale.ndim == 2 else q.codes.numel()
+    whole = along % q.group_size == 0
+
+    def spread(values: Tensor) -> Tensor:
+        # [groups, 1] against [groups, g], so that nothing is repeated in memory; else a last group is short
+        return values.reshape(-1, 1).float() if whole else expand_groups(values.float(), q.shape, q.group_size)
+
+    codes = q.codes.reshape(-1, q.group_size) if whole else q.codes
     if q.codebook is not None:
-        values = q.codebook[q.codes.long()]
+        values = q.codebook[codes.int()]
     else:
         assert q.zero_point is not None
-        values = q.codes.float() - expand_groups(q.zero_point.float(), q.shape, q.group_size)
-    return (values * expand_groups(q.scale.float(), q.shape, q.group_size)).to(q.dtype).float()
+        values = codes.float().sub_(spread(q.zero_point))
+    return values.mul_(spread(q.scale)).to(q.dtype).float().reshape(q.shape)
