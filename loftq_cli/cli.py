@@ -175,7 +175,7 @@ def quantize(
 
         plan = pipeline.plan_quantize(model, options)
         for note in plan.notes:
-            output.note(note)
+            (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:
             show.plan(output, plan, out)
             return
@@ -184,7 +184,11 @@ def quantize(
             with output.progress("quantizing", plan.weight_bytes) as advance:
                 report = pipeline.run_plan(plan, out, resume=resume, overwrite=overwrite, progress=advance)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; what is done is kept", f"go on with `{again('--resume')}`") from None
+            kept = (out / ".loftq").exists()
+            raise Interrupted(
+                "interrupted; what is done is kept" if kept else "interrupted before anything was done",
+                f"go on with `{again('--resume')}`" if kept else "",
+            ) from None
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
         show.report(output, report, out, model)
@@ -215,7 +219,7 @@ def verify(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Recompute hashes, and with --source every error, from the files; exit 1 on the first thing that is not so."""
+    """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so."""
     with _speaking(json, quiet, verbose) as output:
         from loftq_cli import show
 

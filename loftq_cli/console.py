@@ -27,6 +27,11 @@ from loftq_cli.errors import LoftqError
 TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
 
 
+def _plain(text: str) -> str:
+    """`text` with neither markup nor control characters, which names in a checkpoint may hold."""
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
 class Out:
     """What a command says, and where.
 
@@ -44,7 +49,7 @@ class Out:
     def result(self, text: str) -> None:
         """A line of the result, for people."""
         if not self.json:
-            self.stdout.print(escape(text), highlight=False)
+            self.stdout.print(_plain(text), highlight=False)
 
     def table(
         self, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], total: int = 0
@@ -52,13 +57,13 @@ class Out:
         """A table for people; `columns` are (heading, "left" | "right"), the last `total` rows stand apart."""
         if self.json:
             return
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=_plain(title), title_justify="left")
         for heading, justify in columns:
-            table.add_column(escape(heading), justify="right" if justify == "right" else "left", overflow="fold")
+            table.add_column(_plain(heading), justify="right" if justify == "right" else "left", overflow="fold")
         for position, row in enumerate(rows):
             if total and position == len(rows) - total:
                 table.add_section()
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(_plain(cell) for cell in row))
         self.stdout.print(table)
 
     def data(self, value: Mapping[str, Any]) -> None:
@@ -69,31 +74,32 @@ class Out:
     def note(self, text: str) -> None:
         """Something to know, on stderr."""
         if not self.quiet:
-            self.stderr.print(escape(text), highlight=False)
+            self.stderr.print(_plain(text), highlight=False)
 
     def warning(self, text: str) -> None:
         """Something to act on, on stderr, also with `--quiet`."""
-        self.stderr.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+        self.stderr.print(f"[yellow]warning:[/] {_plain(text)}", highlight=False)
 
     def error(self, error: LoftqError) -> None:
         """What stopped the command, and the way out."""
-        self.stderr.print(f"[red]error:[/] {escape(error.message)}", highlight=False)
+        self.stderr.print(f"[red]error:[/] {_plain(error.message)}", highlight=False)
         if error.hint:
-            self.stderr.print(f"\n[cyan]hint:[/] {escape(error.hint)}", highlight=False)
+            self.stderr.print(f"\n[cyan]hint:[/] {_plain(error.hint)}", highlight=False)
 
     @contextmanager
     def progress(self, label: str, total_bytes: int) -> Iterator[Callable[[str, int], None]]:
         """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Only on a terminal."""
         columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
-            TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[module]}"),
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+            DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[module]}", style="dim", markup=False),
         )  # fmt: skip
         hidden = self.quiet or not sys.stderr.isatty()
         with Progress(*columns, console=self.stderr, transient=True, disable=hidden) as bar:
             task = bar.add_task(label, total=total_bytes, module="")
 
             def advance(name: str, size: int) -> None:
-                bar.update(task, advance=size, module=name)
+                bar.update(task, advance=size, module="".join(c for c in name if c.isprintable()))
                 if self.verbose and hidden and not self.quiet:
                     self.note(f"{label} {name}")
 

@@ -6,6 +6,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LoftqError(Exception):
@@ -45,6 +46,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def again(flag: str) -> str:
-    """This process's `loftq` command line with `flag` added, to be typed again."""
+    """This process's `loftq` command line with `flag` added, to be typed again; in another program, the flag alone."""
+    if Path(sys.argv[0]).name not in ("loftq", "__main__.py"):
+        return flag
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite", flag)]
     return shlex.join(["loftq", *words, flag])

@@ -7,18 +7,23 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
-from loftq_cli.targets import Targets
+from loftq_cli.targets import FLOATS, Targets
 
 
 @dataclass(frozen=True)
 class WeightJob:
-    """One weight to quantize. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`."""
+    """One weight to quantize.
+
+    `dtype` is what the loader will have the weight in: the file's, or the narrower one that config.json names. `block`
+    is the path of the transformer block it sits in, e.g. `model.layers.3`.
+    """
 
     tensor: str
     module: str
@@ -84,7 +89,7 @@ def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeC
                 module=module,
                 file=info.file,
                 shape=(m, n),
-                dtype=info.dtype,
+                dtype=_loaded_dtype(info.dtype, checkpoint.config),
                 bits=matching[-1] if matching else config.bits,  # the last rule wins, as in a .gitignore
                 group_size=config.group_size,
                 quantizer=config.quantizer,
@@ -92,6 +97,12 @@ def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeC
             )
         )
     return tuple(jobs)
+
+
+def _loaded_dtype(stored: torch.dtype, config: dict[str, Any]) -> torch.dtype:
+    """What `from_pretrained` has a weight in: config.json's dtype where it is narrower than the file's."""
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return named if named in FLOATS and named.itemsize < stored.itemsize else stored
 
 
 def refuse_rank(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:

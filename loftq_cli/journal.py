@@ -23,6 +23,7 @@ from loftq_cli.errors import LoftqError, again
 WORK_FOLDER = ".loftq"
 REPORT_FILE = "loftq_report.json"
 JOURNAL_FILE = "journal.jsonl"
+ADAPTER_CONFIG = "loftq_init/adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Journal:
             identity: of this run; equal to that of an existing journal (the caller has checked).
             planned: names of all files the run will write in OUT, so that `--overwrite` can remove them.
         """
+        self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         self.files: dict[str, FileProgress] = {}
         self.seconds: dict[str, float] = {}
@@ -94,11 +96,21 @@ class Journal:
         self._append(line)
         self._apply(line)
 
+    def keep(self, file: str, written: set[str]) -> None:
+        """Forget the tensors of `file` that are not among `written`, those which were really found on disk."""
+        if self.file(file).written - written:
+            line: dict[str, Any] = {"forget": file}
+            self._append(line)
+            self._apply(line)
+
     def close(self) -> None:
         """Close the file; it stays for `--resume`."""
         self._file.close()
 
     def _apply(self, line: dict[str, Any]) -> None:
+        if "forget" in line:
+            self.files[line["forget"]] = FileProgress()
+            return
         for file, names in line["written"].items():
             self.file(file).written.update(names)
         for file, sha256 in line["whole"].items():
@@ -124,37 +136,45 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
     if not out.exists() or not any(out.iterdir()):
         return False
     work = out / WORK_FOLDER
-    if overwrite and (work.is_dir() or finished_identity(out)):
+    begun = _read_lines(work / JOURNAL_FILE)[:1]
+    finished = None if begun else finished_identity(out)  # without a journal a work folder is only a kill's leftover
+    if overwrite and (work.is_dir() or finished):
         return False
-    if work.is_dir():
-        header = _read_lines(work / JOURNAL_FILE)[:1]
+    if finished is None and work.is_dir():
         if not resume:
             raise LoftqError(
                 f"`{out}` holds an unfinished run",
                 f"finish it with `{again('--resume')}`, or replace it with `--overwrite`",
             )
-        if header and (changed := Identity(**header[0]["identity"]).differences(identity)):
+        if begun and (changed := Identity(**begun[0]["identity"]).differences(identity)):
             raise LoftqError(
                 f"`{out}` was begun with other settings: " + "; ".join(changed),
                 "resume with the settings it was begun with, choose another OUT, or `--overwrite` it",
             )
         return False
-    if (existing := finished_identity(out)) is None:
+    if finished is None:
         raise LoftqError(f"`{out}` is not empty, and nothing that loftq made", "choose an OUT that is absent or empty")
-    if changed := existing.differences(identity):
+    if changed := finished.differences(identity):
         raise LoftqError(
             f"`{out}` holds a finished run with other settings: " + "; ".join(changed),
             "choose another OUT, or replace it with `--overwrite`",
         )
+    if missing := [name for name in _read_json(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
+        raise LoftqError(f"`{out}` is finished, but `{missing[0]}` is gone", "make it again with `--overwrite`")
     return True
 
 
 @contextmanager
-def claimed(out: Path, identity: Identity, planned: list[str], overwrite: bool) -> Iterator[Journal]:
+def claimed(
+    out: Path, identity: Identity, planned: list[str], resume: bool, overwrite: bool
+) -> Iterator[Journal | None]:
     """Take `out` for this process and open its journal; with `overwrite`, first remove what loftq wrote there.
 
+    Yields None where another run finished it in the meantime. Whatever happens, a work folder stays only for what can
+    be resumed.
+
     Raises:
-        LoftqError: another run is writing to `out`.
+        LoftqError: another run is writing to `out`; or see `check_out`.
     """
     work = out / WORK_FOLDER
     created = not out.exists()
@@ -167,29 +187,32 @@ def claimed(out: Path, identity: Identity, planned: list[str], overwrite: bool) 
     try:
         if overwrite:
             remove_outputs(out)
+        elif finished_identity(out) is not None and check_out(out, identity, resume, overwrite):
+            yield None
+            return
         journal = Journal(work / JOURNAL_FILE, identity, planned)
         try:
             yield journal
         finally:
             journal.close()
-            if not any(
-                file.written or file.sha256 for file in journal.files.values()
-            ):  # stopped before anything was worth keeping
-                remove_outputs(out)
+            if not any(file.written or file.sha256 for file in journal.files.values()):
+                journal.path.unlink(missing_ok=True)  # stopped before anything was worth keeping
     finally:
-        lock.release()
-        if not (work / JOURNAL_FILE).exists():  # finished, or nothing begun: leave no trace of the work folder
-            shutil.rmtree(work, ignore_errors=True)
+        if not (work / JOURNAL_FILE).exists():
+            shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
             if created and out.exists() and not any(out.iterdir()):
                 out.rmdir()
+        lock.release()
 
 
 def remove_outputs(out: Path) -> None:
     """Remove the files that an earlier run wrote in `out`, finished or not, and nothing else."""
     report = _read_json(out / REPORT_FILE)
     header = _read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
-    names = [*(header[0]["planned"] if header else []), *report.get("files", {}), *report.get("side_files", [])]
-    for name in names:
+    listed = [*(header[0]["planned"] if header else []), *report.get("files", {}), *report.get("side_files", [])]
+    # a report may come from anywhere: no name of its may lead out of the folder
+    names = [name for name in [*listed, "README.md", ADAPTER_CONFIG, REPORT_FILE] if _is_ours(out, name)]
+    for name in names if listed else []:
         (out / name).unlink(missing_ok=True)
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
@@ -197,6 +220,12 @@ def remove_outputs(out: Path) -> None:
     for folder in {(out / name).parent for name in names} - {out}:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _is_ours(out: Path, name: object) -> bool:
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    return (out / name).parent.resolve() in (out.resolve(), out.resolve() / "loftq_init")
 
 
 def finished_identity(out: Path) -> Identity | None:

@@ -19,14 +19,32 @@ from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightJob
-from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, Identity, Journal, check_out, claimed
-from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, adapter_metadata, check_disk, make_plan
+from loftq_cli.journal import (
+    ADAPTER_CONFIG,
+    JOURNAL_FILE,
+    REPORT_FILE,
+    WORK_FOLDER,
+    Identity,
+    Journal,
+    check_out,
+    claimed,
+)
+from loftq_cli.plan import (
+    ADAPTER_FILE,
+    INDEX_FILE,
+    Plan,
+    ShardPlan,
+    adapter_metadata,
+    check_disk,
+    make_plan,
+    output_config,
+    output_index,
+    planned_files,
+)
 from loftq_cli.report import base_fingerprint, build_report, model_card
 from loftq_cli.worker import quantize_weight, row_dict
 
 COMMIT_SECONDS = 2.0  # at most this much work is lost to a kill, beside the weight in flight
-ADAPTER_CONFIG = "loftq_init/adapter_config.json"
-INDEX_FILE = "model.safetensors.index.json"
 
 Progress = Callable[[str, int], None]  # called with a module name and its source bytes when its weight is done
 
@@ -70,11 +88,14 @@ def run_plan(
 ) -> dict[str, Any]:
     """Carry out `plan`; see `quantize`."""
     identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config))
+    _refuse_source_as_out(plan, out)
     if check_out(out, identity, resume, overwrite):
-        return json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+        return read_finished(out)
+    check_disk(plan, out, already_bytes=_bytes_in(out))
     device = torch.device(plan.config.device)
-    with claimed(out, identity, planned_files(plan), overwrite) as journal:
-        check_disk(plan, out, already_bytes=_bytes_in(out))
+    with claimed(out, identity, planned_files(plan), resume, overwrite) as journal:
+        if journal is None:
+            return read_finished(out)
         adapter = ShardWriter(
             out / WORK_FOLDER / "adapter_model.safetensors",
             out / ADAPTER_FILE,
@@ -82,6 +103,7 @@ def run_plan(
             adapter_metadata(),
             resume_written=journal.file(ADAPTER_FILE).written,
         )
+        journal.keep(ADAPTER_FILE, adapter.written)
         try:
             for shard in plan.shards:
                 run_shard(plan, shard, out, adapter, journal, device, progress or (lambda name, size: None))
@@ -113,6 +135,7 @@ def run_shard(
         shard.metadata,
         resume_written=journal.file(shard.file).written,
     )
+    journal.keep(shard.file, writer.written)
     batch = _Batch(journal, shard.file, writer, adapter)
     try:
         for step in shard.steps:
@@ -155,14 +178,13 @@ def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device
 
     adapter.set_metadata(adapter_metadata(base_fingerprint(base_files)))
     files = {**base_files, ADAPTER_FILE: adapter.finish()}
-    write_file(
-        out / ADAPTER_CONFIG, _json_bytes(peft_adapter.adapter_config(plan, str(out.resolve()), plan.module_names))
-    )
+    adapter_config = peft_adapter.adapter_config(plan, str(out.resolve()), plan.module_names)
+    write_file(out / ADAPTER_CONFIG, _json_bytes(adapter_config))
     for name in plan.checkpoint.side_files:
         copy_file(plan.checkpoint.path(name), out / name)
     for name, data in late.items():
         write_file(out / name, data)
-    report = build_report(plan, list(journal.rows.values()), files, journal.seconds, device)
+    report = build_report(plan, list(journal.rows.values()), files, adapter_config, journal.seconds, device)
     write_file(out / "README.md", model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
     (out / WORK_FOLDER / JOURNAL_FILE).unlink()
@@ -232,6 +254,17 @@ def _adapter_has(adapter: ShardWriter, job: WeightJob) -> bool:
     return adapter.written.issuperset(peft_adapter.tensor_names(job.module))
 
 
+def read_finished(out: Path) -> dict[str, Any]:
+    """The report of a finished run."""
+    return json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+
+
+def _refuse_source_as_out(plan: Plan, out: Path) -> None:
+    source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
+    if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
+        raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` → the first GPU, else the CPU.
 
@@ -248,30 +281,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def identity_config(config: QuantizeConfig) -> dict[str, Any]:
-    """The configuration as the journal and the report hold it: the device by its kind, any GPU of one kind will do."""
+    """The configuration as the journal and the report hold it: the device by its kind."""
     return {**config.model_dump(mode="json"), "device": torch.device(config.device).type}
-
-
-def planned_files(plan: Plan) -> list[str]:
-    """Names of all files that the run writes in OUT."""
-    names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", "README.md"]
-    names += [INDEX_FILE] if plan.checkpoint.index is not None else []
-    return [*names, *plan.checkpoint.side_files, REPORT_FILE]
-
-
-def output_config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json with the format's `quantization_config`."""
-    config = dict(plan.checkpoint.config)
-    if (entry := plan.format.quantization_config(plan)) is not None:
-        config["quantization_config"] = entry
-    return config
-
-
-def output_index(plan: Plan) -> dict[str, Any]:
-    """The weight map of the shards as written."""
-    weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.layout}
-    total = sum(spec.nbytes for shard in plan.shards for spec in shard.layout)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _json_bytes(value: Any) -> bytes:

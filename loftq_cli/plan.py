@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, peft_adapter
 from loftq_cli.formats.base import Format
 from loftq_cli.jobs import WeightJob, apply_skips, make_jobs, reasons, refuse_ragged_groups, refuse_rank
+from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 from loftq_cli.targets import find_targets
@@ -25,6 +27,7 @@ from loftq_cli.targets import find_targets
 RUNTIME_BYTES = 450 << 20  # Python with torch and transformers imported, measured on Linux
 WORKING_COPIES = 12  # float32 copies of the largest weight alive at once in the loop, measured by scripts/bench.py
 ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
 
 
@@ -168,6 +171,28 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig) -> Plan:
         if problem := plan.format.why_not(plan):
             raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", _other_formats(build))
     return _with_shards(plan, tuple(notes))
+
+
+def planned_files(plan: Plan) -> list[str]:
+    """Names of all files that the run writes in OUT."""
+    names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", "README.md"]
+    names += [INDEX_FILE] if plan.checkpoint.index is not None else []
+    return [*names, *plan.checkpoint.side_files, REPORT_FILE]
+
+
+def output_config(plan: Plan) -> dict[str, Any]:
+    """The source's config.json with the format's `quantization_config`."""
+    config = dict(plan.checkpoint.config)
+    if (entry := plan.format.quantization_config(plan)) is not None:
+        config["quantization_config"] = entry
+    return config
+
+
+def output_index(plan: Plan) -> dict[str, Any]:
+    """The weight map of the shards as written."""
+    weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.layout}
+    total = sum(spec.nbytes for shard in plan.shards for spec in shard.layout)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:

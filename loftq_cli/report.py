@@ -7,6 +7,7 @@ import json
 import math
 import re
 import resource
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,12 @@ def pooled(errors_and_norms: Iterable[tuple[float, float]]) -> float:
 
 
 def build_report(
-    plan: Plan, rows: list[dict[str, Any]], files: Mapping[str, str], seconds: Mapping[str, float], device: torch.device
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    files: Mapping[str, str],
+    adapter_config: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The content of `loftq_report.json`; `files` maps names in OUT to sha256."""
     order = {job.tensor: position for position, job in enumerate(plan.jobs)}
@@ -51,6 +57,8 @@ def build_report(
         },
         "config": {**plan.config.model_dump(mode="json"), "device": device.type},
         "load": {"auto_class": plan.auto_class, "requirements": list(plan.format.requirements)},
+        # all but what a push rewrites
+        "adapter_config": {k: v for k, v in adapter_config.items() if k != "base_model_name_or_path"},
         "totals": {
             **plan_totals(plan),
             "relative_error": pooled((row["relative_error"], row["norm"]) for row in rows),
@@ -160,25 +168,27 @@ def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, st
 
 def load_lines(report: Mapping[str, Any], folder: str) -> list[str]:
     """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id."""
-    auto_class = report["load"]["auto_class"]
+    auto_class, place = report["load"]["auto_class"], json.dumps(folder, ensure_ascii=False)
+    remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] else ""
     return [
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
-        f'base = {auto_class}.from_pretrained("{folder}")',
-        f'model = PeftModel.from_pretrained(base, "{folder}", subfolder="loftq_init", is_trainable=True)',
+        f"base = {auto_class}.from_pretrained({place}{remote})",
+        f'model = PeftModel.from_pretrained(base, {place}, subfolder="loftq_init", is_trainable=True)',
     ]
 
 
 def install_line(report: Mapping[str, Any]) -> str:
     """What must be installed to load."""
-    return "pip install transformers peft " + " ".join(report["load"]["requirements"])
+    return shlex.join(["pip", "install", "transformers", "peft", *report["load"]["requirements"]])
 
 
 def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     """README.md of the output: how to load, what was measured, with which settings."""
     totals, config = report["totals"], report["config"]
-    name = Path(report["source"]["model"]).name
+    name = Path(report["source"]["model"]).resolve().name
+    hub_id = "" if Path(report["source"]["model"]).is_dir() else f"base_model: {report['source']['model']}\n"
     rows = "\n".join(
         f"| `{group.kind}` | {group.weights} | {group.bits} | {group.relative_error_without_adapter:.4f} "
         f"| {group.relative_error:.4f} |"
@@ -193,7 +203,7 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
     return f"""---
 library_name: peft
-base_model_relation: quantized
+{hub_id}base_model_relation: quantized
 tags:
 - loftq
 - lora

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,12 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     title = f"{report['source']['model']}: relative error ‖W − Ŵ‖/‖W‖ by kind of layer"
     output.table(title, (*LAYER_COLUMNS, *ERROR_COLUMNS), rows, total=1)
     _skips(output, report["skipped"])
+    unrepaired = [row for row in report["weights"] if row["iterations"] == 0 and row["relative_error"] > 0]
+    if unrepaired and config["method"] != "qlora":
+        output.warning(
+            f"{len(unrepaired)} weights have an adapter that starts at zero, because no factors helped in "
+            f"{config['adapter_dtype']}: `{unrepaired[0]['name']}` is the first"
+        )
     seconds = totals["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total")
     device = f", {size(totals['peak_device_bytes'])} of device memory" if totals["peak_device_bytes"] else ""
@@ -69,7 +76,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
-    output.result(f"\nCheck it:\n\n  loftq verify {out} --source {source or report['source']['model']}")
+    check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])
+    output.result(f"\nCheck it:\n\n  {check}")
 
 
 def inspect(output: Out, target: str, html: Path | None) -> None:
@@ -93,8 +101,9 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     """Say whether `out` is what its report says; True when it is."""
     total = 0
     if source is not None:
-        written = {row["tensor"] for row in verification.read_report(out)["weights"]}
-        infos = open_checkpoint(source).tensors
+        made = verification.read_report(out)
+        written = {row["tensor"] for row in made["weights"]}
+        infos = open_checkpoint(source, None if Path(source).is_dir() else made["source"]["revision"]).tensors
         total = sum(info.nbytes for info in infos.values() if info.name in written)
     with output.progress("verifying", total) as advance:
         verdict = verification.verify(out, source, advance)

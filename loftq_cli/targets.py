@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.errors import LoftqError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,9 +27,10 @@ AUTO_CLASSES = (
     ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM"),
     ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", None),
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "SEQ_CLS"),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "TOKEN_CLS"),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "QUESTION_ANS"),
+    # with their task types PEFT would want the head's weights in the adapter
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", None),
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", None),
     ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", None),
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", None),
@@ -70,14 +72,23 @@ class Targets:
     note: str | None = None
 
 
+class _Unknown(Exception):
+    """A model type that transformers does not have."""
+
+
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Targets:
     """Find the linear weights of `checkpoint`, from its config and headers alone."""
     try:
         with _quiet():
             model = _meta_model(checkpoint, trust_remote_code)
-    except Exception as error:  # remote code, an unknown architecture, a broken config: any of them ends in the rule
+    except _Unknown as error:
+        return _by_rule(checkpoint, str(error))
+    except Exception as error:  # a broken config, a missing optional package, an error in remote code
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return _by_rule(checkpoint, reason)
+        raise LoftqError(
+            f"transformers cannot build `{checkpoint.model}`: {reason}",
+            "it must build this model for the result to load: check config.json, or install what is missing",
+        ) from error
     return _by_model(checkpoint, model)
 
 
@@ -89,17 +100,17 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if trust_remote_code and "auto_map" in source:
         arguments = {"revision": checkpoint.revision, "trust_remote_code": True}
         config = transformers.AutoConfig.from_pretrained(checkpoint.model, **arguments)
-        auto = next(name for name in source["auto_map"] if name.startswith("AutoModel"))
+        auto = next(name for name, _, _ in AUTO_CLASSES if name in source["auto_map"])
         with torch.device("meta"):
             return getattr(transformers, auto).from_config(config, trust_remote_code=True)
     if source.get("model_type") not in CONFIG_MAPPING:
         hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
-        raise LookupError(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
+        raise _Unknown(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
     config = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
     architecture = (source.get("architectures") or ["?"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
-        raise LookupError(f"transformers has no class `{architecture}`")
+        raise LookupError(f"it has no class `{architecture}`, which config.json names under `architectures`")
     with torch.device("meta"):
         return model_class(config)
 
@@ -109,6 +120,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     module_of, converted = _module_of_tensor(checkpoint, model, modules)
     head = model.get_output_embeddings()
     tied = _tied_names(model)
+    retargeted = _retargeted_by_peft(checkpoint.config.get("model_type"))
     in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
     inside = {id(module) for module in base.modules()} if isinstance(base, torch.nn.Module) else None
@@ -136,6 +148,8 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "task head"
         elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
             skipped[info.name] = f"transformers keeps `{kept}` in float32"
+        elif name.rpartition(".")[2] in retargeted:
+            skipped[info.name] = "PEFT would put its adapter on the experts"
         elif _is_router(name, module, checkpoint.config):
             skipped[info.name] = "router"
         elif tuple(module.weight.shape) != info.shape:
@@ -146,7 +160,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             linears[info.name] = name
     found = set(linears.values())
     architecture = type(model).__name__
-    auto_class, task_type = _auto_class(architecture, model.main_input_name)
+    auto_class, task_type = _auto_class(architecture, model.main_input_name, checkpoint.config)
     return Targets(
         linears=linears,
         skipped=skipped,
@@ -188,6 +202,15 @@ def _module_of_tensor(
     return module_of, converted
 
 
+def _retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:
+    """Last names that PEFT rewrites to fused experts while it loads an adapter (`_convert_peft_config_moe`)."""
+    from transformers import conversion_mapping
+
+    patterns = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
+    names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+    return names.get(patterns.get(model_type or "", ""), ())
+
+
 def _is_replaceable(module: torch.nn.Module) -> bool:
     """Whether loaders put a quantized layer in this module's place unless they are told not to."""
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
@@ -221,13 +244,14 @@ def _is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bo
     )
 
 
-def _auto_class(architecture: str, main_input_name: str) -> tuple[str, str | None]:
+def _auto_class(architecture: str, main_input_name: str, config: dict[str, Any]) -> tuple[str, str | None]:
     from transformers.models.auto import modeling_auto
 
     for auto_class, table, task_type in AUTO_CLASSES:
         names = getattr(modeling_auto, table, {}).values()
         if any(architecture == entry or (isinstance(entry, tuple) and architecture in entry) for entry in names):
-            return auto_class, task_type if main_input_name == "input_ids" else None
+            text_only = main_input_name == "input_ids" and not {"vision_config", "audio_config"} & config.keys()
+            return auto_class, task_type if text_only else None
     return architecture, None
 
 
@@ -245,7 +269,8 @@ def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
             linears[info.name] = info.name.removesuffix(".weight")
     architecture = (checkpoint.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     auto_map = checkpoint.config.get("auto_map", {})
-    auto_class = next((name for name in auto_map if name.startswith("AutoModelFor")), "AutoModelForCausalLM")
+    known = {name for name, _, _ in AUTO_CLASSES}  # it is printed as Python to be pasted
+    auto_class = next((name for name in auto_map if name in known), "AutoModelForCausalLM")
     return Targets(
         linears=linears,
         skipped=skipped,

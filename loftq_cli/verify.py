@@ -18,7 +18,7 @@ from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import Format
-from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.quantizers import QUANTIZERS
@@ -44,7 +44,7 @@ def read_report(out: Path) -> dict[str, Any]:
     Raises:
         LoftqError: `out` is not a finished output of loftq.
     """
-    if (out / WORK_FOLDER).is_dir():
+    if (out / WORK_FOLDER / JOURNAL_FILE).exists():
         raise LoftqError(f"`{out}` holds an unfinished run", "finish it: the same `loftq quantize` with `--resume`")
     try:
         report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
@@ -52,7 +52,8 @@ def read_report(out: Path) -> dict[str, Any]:
         raise LoftqError(f"`{out}` has no `{REPORT_FILE}`", "give a folder that `loftq quantize` wrote") from None
     except ValueError as error:
         raise LoftqError(f"`{out / REPORT_FILE}` is not valid JSON: {error}") from None
-    if not isinstance(report, dict) or not {"files", "weights", "totals", "config", "source"} <= report.keys():
+    needed = {"files", "weights", "totals", "config", "source", "adapter_config"}
+    if not isinstance(report, dict) or not needed <= report.keys():
         raise LoftqError(f"`{out / REPORT_FILE}` is not a report of loftq")
     return report
 
@@ -64,17 +65,18 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     its adapter_config.json states, and the error against the source must be the one in the report.
     """
     report = read_report(out)
-    violations = _check_files(out, report) + _check_adapter(out, report) + _check_totals(report)
+    violations = _check_files(out, report) + _check_tensors(out, report) + _check_adapter(out, report)
+    violations += _check_totals(report)
     if source is None:
         return Verdict(len(report["files"]), 0, None, tuple(violations))
-    checkpoint = open_checkpoint(source, report["source"]["revision"] if not Path(source).is_dir() else None)
-    if checkpoint.fingerprint != report["source"]["fingerprint"]:
-        violations.append(f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
-    if violations:  # errors recomputed from files that are known to be wrong would tell nothing
-        return Verdict(len(report["files"]), 0, None, tuple(violations))
-    rows, found = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
-    found += _check_copies(out, report, checkpoint)
-    return Verdict(len(report["files"]), len(rows), pooled(rows), tuple(found))
+    checkpoint = open_checkpoint(source, None if Path(source).is_dir() else report["source"]["revision"])
+    violations += _check_copies(out, report, checkpoint)
+    rows: list[tuple[float, float]] = []
+    if not violations:  # errors recomputed from files that are known to be wrong would tell nothing
+        rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
+    if violations and checkpoint.fingerprint != report["source"]["fingerprint"]:
+        violations.insert(0, f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
+    return Verdict(len(report["files"]), len(rows), pooled(rows) if rows else None, tuple(violations))
 
 
 def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
@@ -85,24 +87,27 @@ def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
             violations.append(f"`{name}` is missing")
         elif (actual := hash_file(path)) != expected:
             violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
-            violations += _changed_tensors(path, name, report)
     extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
     return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
 
 
-def _changed_tensors(path: Path, name: str, report: dict[str, Any]) -> list[str]:
-    """Which quantized weights, or their factors, are not as they were written to the file `name`."""
-    if not name.endswith(".safetensors"):
-        return []
-    try:
-        infos = read_header(path).tensors
-    except LoftqError as error:
-        return [error.message]
+def _check_tensors(out: Path, report: dict[str, Any]) -> list[str]:
+    """Every stored tensor of a quantized weight, and its factors, must be what was computed for it."""
     violations = []
+    infos: dict[str, TensorInfo] = {}
+    for name in report["files"]:
+        if name.endswith(".safetensors") and (out / name).is_file():
+            try:
+                infos.update(read_header(out / name, name).tensors)
+            except LoftqError as error:
+                violations.append(error.message)
     for row in report["weights"]:
         for tensor, expected in row["sha256"].items():
-            if tensor in infos and hash_tensor(read_tensor(path, infos[tensor])) != expected:
-                violations.append(f"`{tensor}` in `{name}` is not what was written for `{row['tensor']}`")
+            info = infos.get(tensor)
+            if info is None:
+                violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
+            elif hash_tensor(read_tensor(out / info.file, info)) != expected:
+                violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
     return violations
 
 
@@ -121,7 +126,11 @@ def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> 
     quantized = {row["tensor"] for row in report["weights"]}
     violations = []
     for file in checkpoint.files:
-        infos = read_header(out / file).tensors
+        try:
+            infos = read_header(out / file, file).tensors
+        except LoftqError as error:
+            violations.append(error.message)
+            continue
         for info in checkpoint.tensors.values():
             if info.file != file or info.name in quantized:
                 continue
@@ -149,11 +158,10 @@ def _check_adapter(out: Path, report: dict[str, Any]) -> list[str]:
         adapter = json.loads((out / config_file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [*violations, f"`{config_file}` cannot be read: {error}"]
-    config = report["config"]
-    expected = {"r": config["rank"], "lora_alpha": config["alpha"], "use_rslora": config["rslora"]}
-    for key, value in {**expected, "init_lora_weights": True, "peft_type": "LORA"}.items():
-        if adapter.get(key) != value:
-            violations.append(f"`{config_file}`: `{key}` is {adapter.get(key)!r}, the report says {value!r}")
+    expected = report["adapter_config"]
+    for key in sorted({*expected, *adapter} - {"base_model_name_or_path"}):
+        if adapter.get(key) != expected.get(key):
+            violations.append(f"`{config_file}`: `{key}` is {adapter.get(key)!r}, written was {expected.get(key)!r}")
     return violations
 
 
@@ -175,7 +183,7 @@ def _recompute(
     for row in report["weights"]:
         try:
             W = _source_weight(checkpoint, row)
-            base = _stored_weight(out, stored, output, row, checkpoint.tensors[row["tensor"]].dtype, report["config"])
+            base = _stored_weight(out, stored, output, row, report["config"])
             tensors = {name: _tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"])}
         except LoftqError as error:
             violations.append(error.message)
@@ -206,11 +214,10 @@ def _stored_weight(
     stored: dict[str, TensorInfo],
     output: Format,
     row: dict[str, Any],
-    source_dtype: torch.dtype,
     config: dict[str, Any],
 ) -> Tensor:
     extra = {"double_quant": True} if config["double_quant"] else {}
-    dtype = output.value_dtype(source_dtype)
+    dtype = output.value_dtype(getattr(torch, row["dtype"]))
     quantizer = QUANTIZERS[row["quantizer"]](bits=row["bits"], group_size=row["group_size"], dtype=dtype, **extra)
     like = quantizer.empty(*row["shape"])
     prefix = row["tensor"].removesuffix(".weight")

@@ -24,6 +24,7 @@ class WeightRow:
 
     name: str
     tensor: str
+    dtype: str  # of the weight once loaded, see `WeightJob`
     shape: tuple[int, int]
     bits: int
     group_size: int
@@ -107,6 +108,9 @@ def quantize_weight(plan: Plan, job: WeightJob, weight: Tensor, device: torch.de
     residual = W - dequantize(result.quantized)
     norm2, before2 = squared_norm(W), squared_norm(residual)
     if not torch.isfinite(before2):
+        dtype_of_values = str(result.quantized.dtype).removeprefix("torch.")
+        if job.quantizer == "nf":
+            raise LoftqError(f"`{job.tensor}`: its weights, up to {W.abs().max():.3g}, are beyond {dtype_of_values}")
         raise LoftqError(
             f"`{job.tensor}`: a scale of `{job.quantizer}` is beyond float16 (largest weight {W.abs().max():.3g})",
             f"use `--quantizer nf` (float32 scales), or leave it out with `--skip '{job.module}'`",
@@ -120,21 +124,24 @@ def quantize_weight(plan: Plan, job: WeightJob, weight: Tensor, device: torch.de
         lora_A, lora_B = peft_adapter.effective(tensors, scaling)
         return tensors, squared_norm(residual - lora_B @ lora_A)
 
+    iterations = result.iterations
     adapter, after2 = stored(result.factors.lora_A, result.factors.lora_B)
     if not after2 < before2:  # nothing to repair, or the adapter's dtype cannot hold the factors
         zero = zero_start(W, plan.config.rank, seed)
         adapter, after2 = stored(zero.lora_A, zero.lora_B)
+        iterations = 0
     base = {name: tensor.cpu() for name, tensor in plan.format.tensors(job.stored_prefix, result.quantized).items()}
     adapter = {name: tensor.cpu() for name, tensor in adapter.items()}
     row = WeightRow(
         name=job.module,
         tensor=job.tensor,
+        dtype=str(job.dtype).removeprefix("torch."),
         shape=job.shape,
         bits=job.bits,
         group_size=job.group_size,
         quantizer=job.quantizer,
         rank=plan.config.rank,
-        iterations=result.iterations,
+        iterations=iterations,
         relative_error=relative(after2, norm2),
         relative_error_without_adapter=relative(before2, norm2),
         norm=float(norm2.sqrt()),

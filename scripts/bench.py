@@ -39,8 +39,9 @@ COLUMNS = {  # of the printed tables, with their format specifications
         "error, full SVD": ".5f", "error ratio": ".5f",
     },
     "agree": {
-        "bits": "", "quantizer": "", "method": "", "format": "", "weights": "", "bytes of codes that differ": ".1e",
-        "largest difference of errors": ".1e", "CPU, s": ".1f", "CUDA, s": ".1f",
+        "bits": "", "quantizer": "", "method": "", "format": "", "bytes of codes that differ": ".1e",
+        "error on CPU": ".6f", "error on CUDA": ".6f", "largest difference of one weight": ".1e",
+        "CPU, s": ".1f", "CUDA, s": ".1f",
     },
 }  # fmt: skip
 
@@ -227,6 +228,7 @@ def agree(model: str) -> None:
     from loftq_cli.checkpoint.reader import read_tensor
     from loftq_cli.config import QuantizeConfig
     from loftq_cli.pipeline import plan_quantize
+    from loftq_cli.report import pooled
     from loftq_cli.worker import quantize_weight
 
     rows = []
@@ -235,6 +237,7 @@ def agree(model: str) -> None:
             config = QuantizeConfig(bits=bits, quantizer=quantizer, method=method, rank=RANK, device="cpu")
             plan = plan_quantize(model, config)
             largest, bytes_equal, total, seconds = 0.0, 0, 0, {"cpu": 0.0, "cuda": 0.0}
+            errors: dict[str, list[tuple[float, float]]] = {"cpu": [], "cuda": []}
             for number, job in enumerate(plan.jobs):
                 info = plan.checkpoint.tensors[job.tensor]
                 weight = read_tensor(plan.checkpoint.path(info.file), info)
@@ -245,6 +248,7 @@ def agree(model: str) -> None:
                     start = time.perf_counter()
                     results[device] = quantize_weight(plan, job, weight, torch.device(device))
                     seconds[device] += time.perf_counter() - start
+                    errors[device].append((results[device].row.relative_error, results[device].row.norm))
                 pair = results["cpu"].row, results["cuda"].row
                 for key in ("relative_error", "relative_error_without_adapter"):
                     largest = max(largest, abs(getattr(pair[0], key) - getattr(pair[1], key)))
@@ -255,7 +259,8 @@ def agree(model: str) -> None:
             rows.append({
                 "bits": bits, "quantizer": quantizer, "method": method, "format": plan.config.format,
                 "weights": len(plan.jobs), "bytes of codes that differ": 1 - bytes_equal / total,
-                "largest difference of errors": largest, "CPU, s": seconds["cpu"], "CUDA, s": seconds["cuda"],
+                "error on CPU": pooled(errors["cpu"]), "error on CUDA": pooled(errors["cuda"]),
+                "largest difference of one weight": largest, "CPU, s": seconds["cpu"], "CUDA, s": seconds["cuda"],
             })  # fmt: skip
             print(rows[-1], file=sys.stderr)
     print_table(rows, COLUMNS["agree"])

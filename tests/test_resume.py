@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from loftq_cli import pipeline
 from loftq_cli.errors import LoftqError
+from loftq_cli.verify import verify
 
 OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32, "format": "dense"}
 WITH_TIMES = {"loftq_report.json", "README.md"}
@@ -71,6 +73,7 @@ POINTS = [
     ("pipeline.copy_file", 1, "before", 0),
     ("pipeline.write_file", 3, "after", 0),
     ("pipeline.write_file", 5, "before", 0),  # the report: all but it is there
+    ("pipeline.write_file", 5, "after", 0),  # the journal is still there
 ]
 
 
@@ -106,7 +109,6 @@ def test_killed_anywhere_and_resumed_gives_identical_bytes(sharded_llama: Path, 
     expected = contents(straight)
     for out, *point in points:
         assert (Path(out) / ".loftq").is_dir(), point
-        assert not (Path(out) / "loftq_report.json").exists(), point
         with pytest.raises(LoftqError, match="unfinished") as refused:
             pipeline.quantize(sharded_llama, out, **OPTIONS)
         assert "--resume" in refused.value.hint
@@ -200,6 +202,72 @@ def test_a_folder_of_somebody_else_is_never_written_to(tiny_llama: Path, tmp_pat
         pipeline.quantize(tiny_llama, tmp_path / "config.json", **OPTIONS)
 
 
+def test_a_leftover_work_folder_of_a_finished_run_is_no_unfinished_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """Killed between the journal's end and that of its folder."""
+    out = tmp_path / "out"
+    report = pipeline.quantize(tiny_llama, out, **OPTIONS)
+    (out / ".loftq").mkdir()
+    (out / ".loftq" / "lock").touch()
+    assert verify(out).violations == ()
+    for flags in ({}, {"resume": True}):
+        assert pipeline.quantize(tiny_llama, out, **flags, **OPTIONS) == report
+    assert verify(out).violations == ()
+
+
+def test_a_file_lost_between_two_interruptions_is_made_again(sharded_llama: Path, tmp_path: Path) -> None:
+    for lost in ("model-*.safetensors", "adapter_model.safetensors"):
+        out = tmp_path / lost[:5]
+        _stop_after(3, sharded_llama, out)
+        for path in (out / ".loftq").glob(lost):
+            path.unlink()
+        _stop_after(2, sharded_llama, out, resume=True)
+        pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+        assert verify(out, str(sharded_llama)).violations == ()
+
+
+def test_overwrite_never_leaves_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim.txt"
+    pipeline.quantize(tiny_llama, out, **OPTIONS)
+    victim.write_text("mine")
+    report = json.loads((out / "loftq_report.json").read_text())
+    report["side_files"] = ["../victim.txt", str(victim), "loftq_init/../../victim.txt"]
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    pipeline.quantize(tiny_llama, out, overwrite=True, **OPTIONS)
+    assert victim.read_text() == "mine"
+
+
+def test_the_model_is_never_the_out(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "folder" / "model"
+    pipeline.quantize(tiny_llama, model, **OPTIONS)  # a dense output of ours can be a source again
+    before = contents(model)
+    for out in (model, tmp_path / "folder"):
+        with pytest.raises(LoftqError, match="holds the MODEL itself"):
+            pipeline.quantize(model, out, overwrite=True, **OPTIONS)
+    assert contents(model) == before
+
+
+def test_another_checkpoint_of_the_same_training_run_is_another_source(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_llama, model)
+    pipeline.quantize(model, out, **OPTIONS)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name] * 1.01}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoftqError, match="source checkpoint was"):
+        pipeline.quantize(model, out, **OPTIONS)
+    assert any(name in violation for violation in verify(out, str(model)).violations)
+
+
+def test_a_finished_out_that_lacks_a_file_is_not_called_finished(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.quantize(tiny_llama, out, **OPTIONS)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(LoftqError, match=r"`model.safetensors` is gone"):
+        pipeline.quantize(tiny_llama, out, **OPTIONS)
+
+
 def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refusals = []
@@ -248,8 +316,6 @@ def test_a_failure_before_any_progress_leaves_nothing(
 def test_not_enough_disk_is_said_before_any_work(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(LoftqError, match="GiB are free"):
@@ -257,7 +323,7 @@ def test_not_enough_disk_is_said_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def _stop_after(weights: int, model: Path, out: Path) -> None:
+def _stop_after(weights: int, model: Path, out: Path, **flags: bool) -> None:
     """Run until so many weights are journaled, then stop as Ctrl-C does."""
     done = []
 
@@ -267,4 +333,4 @@ def _stop_after(weights: int, model: Path, out: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(model, out, progress=progress, **OPTIONS)
+        pipeline.quantize(model, out, progress=progress, **flags, **OPTIONS)

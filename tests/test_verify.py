@@ -99,9 +99,14 @@ def _pool(report: dict[str, list[dict[str, float]]]) -> float:
     return (sum((row["relative_error"] * row["norm"]) ** 2 for row in rows) / norms) ** 0.5
 
 
-def test_another_alpha_in_the_adapter_config(out: Path) -> None:
-    edit(out / "loftq_init/adapter_config.json", lambda config: config.update(lora_alpha=16))
-    found(out, "adapter_config.json", "lora_alpha")
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_alpha": 16}, {"target_modules": ["q_proj"]}, {"alpha_pattern": {"q_proj": 1}}, {"use_dora": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_adapter_config(out: Path, change: dict[str, object]) -> None:
+    edit(out / "loftq_init/adapter_config.json", lambda config: config.update(change))
+    found(out, "adapter_config.json", next(iter(change)))
 
 
 def test_what_a_push_rewrites_is_no_violation(out: Path, tiny_llama: Path) -> None:
@@ -130,6 +135,7 @@ def test_a_changed_copy_with_a_report_that_agrees(out: Path, tiny_llama: Path) -
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     edit(out / "loftq_report.json", lambda report: report["files"].update({"model.safetensors": sha256}))
     found(out, "another base")
+    found(out, "model.embed_tokens.weight", "model.safetensors", source=tiny_llama)
 
 
 def test_not_an_output_of_loftq(tmp_path: Path) -> None:

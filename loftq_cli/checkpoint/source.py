@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.reader import Header, TensorInfo, header_bytes, parse_header, read_header
+from loftq_cli.checkpoint.reader import Header, TensorInfo, header_bytes, parse_header, read_header, sample_hash
 from loftq_cli.checkpoint.selection import check_index, choose_side_files, choose_weights, refuse_quantized
 from loftq_cli.errors import ConfigError, LoftqError
 
@@ -290,4 +290,6 @@ def _read_json(place: Folder | HubCommit, file: str) -> dict[str, Any]:
 def _fingerprint(place: Folder | HubCommit, headers: dict[str, Header]) -> str:
     parts = [place.revision or "", place.path("config.json").read_bytes().hex()]
     parts += [f"{file} {header.file_bytes} {header.raw.hex()}" for file, header in headers.items()]
+    if place.revision is None:  # two checkpoints of one training run differ in nothing but their values
+        parts += [sample_hash(place.path(file), header) for file, header in headers.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

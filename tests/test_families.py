@@ -1,0 +1,122 @@
+"""The printed lines, run on what `loftq quantize` writes, for one model of each kind; the contract checked on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from loftq_cli import quantize
+from loftq_cli.errors import LoftqError
+from loftq_cli.report import load_lines
+from loftq_cli.verify import verify
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 160,
+}
+DECODER = {**SIZES, "num_key_value_heads": 2}
+MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 160}
+WHISPER = {
+    "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 160, "num_mel_bins": 16, "max_source_positions": 32,
+    "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+IDS = {"input_ids": torch.arange(3, 15)[None]}
+
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), IDS),
+    "qwen2, biases": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), IDS),
+    "phi3, fused": (lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER, pad_token_id=0)), IDS),
+    "gpt-neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)), IDS),
+    "llama, classifier": (
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, num_labels=3, pad_token_id=0)), IDS,
+    ),
+    "bert, classifier": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)), IDS),
+    "bert, masked": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES)), IDS),
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, decoder_start_token_id=0)),
+        {**IDS, "decoder_input_ids": torch.arange(4)[None]},
+    ),
+    "whisper": (
+        lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER)),
+        {"input_features": torch.ones(1, 16, 64), "decoder_input_ids": torch.arange(4)[None]},
+    ),
+    "qwen3 moe": (lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**MOE, num_experts=4)), IDS),
+    "deepseek v3": (
+        lambda: tf.DeepseekV3ForCausalLM(
+            tf.DeepseekV3Config(
+                **{**MOE, "num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1, 
+                first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+            )
+        ),
+        IDS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"bits": 2, "format": "dense"}, {"bits": 4}], ids=["2-bit dense", "4-bit auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_printed_lines_load_what_the_report_says(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, inputs = FAMILIES[family]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    report = quantize(tmp_path / "model", out, rank=4, iters=2, alpha=8, device="cpu", **options)
+    assert verify(out, str(tmp_path / "model")).violations == ()
+
+    names: dict[str, Any] = {}
+    exec("\n".join(load_lines(report, str(out))), names)
+    model = names["model"].train()  # before the first forward, as the notes of bnb say
+    adapted = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert adapted.keys() == {row["name"] for row in report["weights"]}
+    stored = load_file(out / "loftq_init" / "adapter_model.safetensors")
+    for name, module in adapted.items():
+        for part in ("lora_A", "lora_B"):
+            loaded = getattr(module, part)["default"].weight
+            assert torch.equal(loaded, stored[f"base_model.model.{name}.{part}.weight"])
+
+    if options.get("format") == "dense":  # the contract, weight by weight, on the loaded model
+        source = getattr(tf, type(make()).__name__).from_pretrained(tmp_path / "model")
+        for row in report["weights"]:
+            W = source.get_submodule(row["name"]).weight.double()
+            base = adapted[row["name"]].base_layer.weight.double()
+            delta = adapted[row["name"]].get_delta_weight("default").double()
+            error = ((W - base - delta).norm() / W.norm()).item()
+            assert error == pytest.approx(row["relative_error"], rel=1e-3)
+    output = model(**inputs)
+    (output.logits if hasattr(output, "logits") else output.last_hidden_state).float().square().sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_transposed_weights_are_left_alone_and_said_so(tmp_path: Path) -> None:
+    tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=160)).save_pretrained(
+        tmp_path / "model"
+    )
+    with pytest.raises(LoftqError, match="no linear weight") as refused:
+        quantize(tmp_path / "model", tmp_path / "out", bits=2, rank=4)
+    assert "Conv1D (stored transposed)" in refused.value.hint
+
+
+def test_a_known_model_that_cannot_be_built_is_refused_not_guessed(tiny_llama: Path, tmp_path: Path) -> None:
+    import json
+
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSomethingElse"]}))
+    (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
+    with pytest.raises(LoftqError, match="LlamaForSomethingElse"):
+        quantize(tmp_path, tmp_path / "out", bits=2, rank=4)
