@@ -56,8 +56,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "deepseek v3": (
         lambda: tf.DeepseekV3ForCausalLM(
             tf.DeepseekV3Config(
-                **{**MOE, "num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1, 
-                first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+                **{**MOE, "num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1,
+                first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16,
+                qk_nope_head_dim=16, v_head_dim=16,
             )
         ),
         IDS,

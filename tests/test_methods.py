@@ -163,6 +163,13 @@ def test_the_start_is_qloras_where_nothing_is_left_to_repair() -> None:
     assert not d.factors.lora_B.any()
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_squared_norm_in_the_whole_range_of_float32(scale: float) -> None:
+    x = weight(70, 130) * scale
+    assert squared_norm(x).item() == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+    assert squared_norm(torch.zeros(3, 5)) == 0
+
+
 def test_spare_rank_can_still_train() -> None:
     W = torch.zeros(64, 64)
     W[5] = weight(1, 64)[0]  # a residual of rank 1
