@@ -26,7 +26,7 @@ def loftq(W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seed: int) 
     residual = W - dequantize(quantized)
     best, least = Decomposition(quantized, start, iterations=0), squared_norm(residual)
     for iteration in range(1, iters + 1):
-        if not squared_norm(residual) < 1e30:  # beyond the scales, or its Gram matrix beyond float32: no factors repair it
+        if not squared_norm(residual) < 1e30:  # beyond the scales, or its Gram matrix beyond float32
             break
         factors, subspace = top_r(residual, rank, generator_seed=seed, start=subspace)
         product = factors.product()
