@@ -4,6 +4,7 @@
     python scripts/bench.py svd MODEL       the same loop with full SVDs: time ratio and error ratio, in one run
     python scripts/bench.py loop            the same comparison on random heavy-tailed matrices of growing size
     python scripts/bench.py agree MODEL     CUDA against CPU on every weight: codes and errors
+    python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
 Prints a Markdown table and writes scripts/results/NAME.json, with the machine named in it.
 """
@@ -63,7 +64,12 @@ def machine() -> dict[str, Any]:
 def save(name: str, rows: list[dict[str, Any]], **extra: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
     here = machine()
-    content = {"command": f"python scripts/bench.py {name} MODEL", "machine": here, **extra, "rows": rows}
+    content = {
+        "command": f"python scripts/bench.py {name}" + ("" if name == "loop" else " MODEL"),
+        "machine": here,
+        **extra,
+        "rows": rows,
+    }
     file = f"{name}-cuda" if here["gpu"] else name
     (RESULTS / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -267,13 +273,31 @@ def agree(model: str) -> None:
     save("agree", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
+def readme() -> None:
+    """Replace each `<!-- NAME -->` … `<!-- end -->` of README.md by the table of scripts/results/NAME.json."""
+    path = RESULTS.parent.parent / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for file in sorted(RESULTS.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        columns = COLUMNS[file.stem.removesuffix("-cuda")]
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += [table_row(row, columns) for row in content["rows"]]
+        here = content["machine"]
+        place = here["gpu"] or f"{here['cores']} cores of {here['cpu']}"
+        lines += ["", f"`{content['command']}` on {place}, torch {here['torch']}."]
+        start, end = f"<!-- {file.stem} -->", "<!-- end -->"
+        before, _, rest = text.partition(start)
+        text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    path.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "svd", "loop", "agree"))
+    parser.add_argument("what", choices=("table", "svd", "loop", "agree", "readme"))
     parser.add_argument("model", nargs="?")
     arguments = parser.parse_args()
-    if arguments.what == "loop":
-        loop()
+    if arguments.what in ("loop", "readme"):
+        {"loop": loop, "readme": readme}[arguments.what]()
     elif arguments.model is None:
         parser.error(f"{arguments.what} needs a MODEL")
     else:
