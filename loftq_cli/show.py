@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.filesize import decimal as size
 
 from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import QuantizeConfig
-from loftq_cli.console import Out
+from loftq_cli.console import TABLE_WIDTH, Out
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
@@ -82,16 +84,20 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
 
 def inspect(output: Out, target: str, html: Path | None) -> None:
     """The report of an output, or the plan that defaults give for a model."""
-    if html is not None:
-        output.stdout.record = True
+    page = Out()  # the same words again, recorded for the page
+    page.stdout = Console(record=True, file=io.StringIO(), width=TABLE_WIDTH)
     folder = Path(target)
     if (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir():
-        report(output, verification.read_report(folder), folder)
+        made = verification.read_report(folder)
+        for sink in (output, page):
+            report(sink, made, folder)
     else:
-        plan(output, plan_quantize(target, QuantizeConfig()), None)
+        planned = plan_quantize(target, QuantizeConfig())
+        for sink in (output, page):
+            plan(sink, planned, None)
     if html is not None:
         try:
-            html.write_text(output.stdout.export_html(), encoding="utf-8")
+            html.write_text(page.stdout.export_html(), encoding="utf-8")
         except OSError as error:
             raise LoftqError(f"cannot write `{html}`: {error.strerror}") from None
         output.note(f"wrote `{html}`")

@@ -62,7 +62,9 @@ def test_json_is_one_object_on_stdout(tiny_llama: Path, tmp_path: Path) -> None:
     assert set(report["files"]) == {"model.safetensors", "config.json", "loftq_init/adapter_model.safetensors"}
 
     assert json.loads(loftq("verify", "--json", out, "--source", tiny_llama).stdout)["ok"] is True
-    assert json.loads(loftq("inspect", "--json", out).stdout)["totals"] == totals
+    shown = loftq("inspect", "--json", "--html", out.parent / "page.html", out)
+    assert json.loads(shown.stdout)["totals"] == totals
+    assert "self_attn.q_proj" in (out.parent / "page.html").read_text()
 
 
 def test_dry_run_writes_nothing_and_needs_headers_only(sharded_llama: Path, tmp_path: Path) -> None:
