@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +19,6 @@ reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_text())
 
 FAST = (300, 400)  # large enough beside rank 4 for the subspace iteration
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine wait longer for a second thread than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def white(m: int, n: int, seed: int = 0) -> Tensor:

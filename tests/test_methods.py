@@ -6,7 +6,6 @@ import importlib
 import itertools
 import json
 import runpy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +22,6 @@ from loftq_cli.quantizers import QUANTIZERS, NormalFloat, QuantizedWeight, Quant
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_golden.py")))
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_text())
 loftq_module = importlib.import_module("loftq_cli.methods.loftq")  # the package shows the function by that name
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine wait longer for a second thread than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weight(m: int, n: int, seed: int = 0) -> Tensor:

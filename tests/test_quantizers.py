@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,15 +28,6 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_
 SHAPES = [(1, 1), (3, 5), (5, 1), (1, 200), (7, 130), (64, 64), (96, 257), (33, 512)]
 EVERY = [(name, bits) for name, row in QUANTIZERS.items() for bits in row.supported_bits]
 UNIFORM = [(row, bits) for row in (Uniform, UniformSymmetric) for bits in row.supported_bits]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine wait longer for a second thread than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weight(m: int, n: int, seed: int = 0) -> Tensor:
