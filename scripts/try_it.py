@@ -5,12 +5,9 @@ Usage: python scripts/try_it.py OUT [PROMPT]
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 
-# gptqmodel compiles every layer in the first forward: a minute of work on a CPU, for a few forwards
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 warnings.filterwarnings("ignore")
 PROMPT = "What is the capital of France, and what is it known for?"
 
