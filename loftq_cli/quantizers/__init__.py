@@ -1,6 +1,15 @@
 """Quantizers: tensors in, tensors out. To add one, write its file and its row in `QUANTIZERS`."""
 
-from loftq_cli.quantizers.base import NestedScale, QuantizedWeight, Quantizer, dequantize, expand_groups
+from loftq_cli.quantizers.base import (
+    NestedScale,
+    QuantizedWeight,
+    Quantizer,
+    dequantize,
+    expand_groups,
+    quantize_residual,
+    stackable,
+    unstack,
+)
 from loftq_cli.quantizers.normal_float import NormalFloat
 from loftq_cli.quantizers.uniform import Uniform, UniformSymmetric
 
@@ -20,4 +29,7 @@ __all__ = [
     "UniformSymmetric",
     "dequantize",
     "expand_groups",
+    "quantize_residual",
+    "stackable",
+    "unstack",
 ]

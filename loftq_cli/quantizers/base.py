@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,3 +94,45 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
         assert q.zero_point is not None
         values = codes.float().sub_(spread(q.zero_point))
     return values.mul_(spread(q.scale)).to(q.dtype).float().reshape(q.shape)
+
+
+def quantize_residual(
+    quantizer: Quantizer, W: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None
+) -> tuple[QuantizedWeight, Tensor]:
+    """Quantize `W - lora_B @ lora_A`; also return the residual `W - dequantize(quantized)`: a half of LoftQ's round.
+
+    A batch is quantized as one tall weight, for groups never leave a row (see `stackable`).
+
+    Args:
+        quantizer: how.
+        W: [B, m, n], any float dtype.
+        lora_A: float32 [B, r, n], or None for no product.
+        lora_B: float32 [B, m, r].
+
+    Returns:
+        The quantized [B * m, n], and the residual, float32 [B, m, n].
+    """
+    W = W.float()
+    target = W if lora_A is None or lora_B is None else torch.baddbmm(W, lora_B, lora_A, alpha=-1)
+    quantized = quantizer.quantize(target.reshape(-1, W.shape[2]))
+    return quantized, W - dequantize(quantized).view_as(W)
+
+
+def stackable(quantizer: Quantizer, m: int, n: int) -> bool:
+    """Whether weights [m, n] can be quantized one on top of the other, each to what it would become alone."""
+    like = quantizer.empty(m, n)
+    return like.nested is None and (like.scale.ndim == 2 or m * n % like.group_size == 0)
+
+
+def unstack(quantized: QuantizedWeight, batch: int) -> list[QuantizedWeight]:
+    """Take a quantized [batch * m, n] apart into its weights, as views."""
+    if batch == 1:
+        return [quantized]
+    q = quantized
+    m = q.shape[0] // batch
+    codes, scale = q.codes.chunk(batch), q.scale.chunk(batch)
+    zero_point = [None] * batch if q.zero_point is None else q.zero_point.chunk(batch)
+    return [
+        replace(q, codes=codes[i], scale=scale[i], zero_point=zero_point[i], shape=(m, q.shape[1]))
+        for i in range(batch)
+    ]
