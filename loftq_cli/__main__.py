@@ -2,4 +2,5 @@
 
 from loftq_cli.cli import main
 
-main()
+if __name__ == "__main__":  # a process that `loftq` starts imports this module again
+    main()

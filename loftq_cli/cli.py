@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq_cli import __version__
+from loftq_cli import __version__, lean
 from loftq_cli.errors import ConfigError, Interrupted, LoftqError, again
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ QUANTIZATION, ADAPTER, INPUT, OUTPUT, HARDWARE = "Quantization", "Adapter", "Inp
 
 def main() -> None:
     """Entry point of the `loftq` script."""
+    lean.claim_process()
     app()
 
 
@@ -173,6 +174,8 @@ def quantize(
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
 
+        if not dry_run:
+            pipeline.wake(pipeline.resolve_device(options.device))
         plan = pipeline.plan_quantize(model, options)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
@@ -233,7 +236,7 @@ def _speaking(json: bool, quiet: bool, verbose: int) -> Iterator[Out]:
     from loftq_cli.console import Out
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
-    output = Out(json=json, quiet=quiet, verbose=verbose)
+    output = Out(json=json, quiet=quiet, verbose=verbose, silent=os.environ.get("RANK", "0") != "0")
     try:
         yield output
     except typer.Exit:  # a RuntimeError: must not be taken for a failure below

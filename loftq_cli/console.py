@@ -39,23 +39,24 @@ class Out:
         json: stdout carries one JSON object and nothing else.
         quiet: no notes and no progress.
         verbose: 0, 1 (details), 2 (tracebacks).
+        silent: errors only; for all ranks of a run but the first.
     """
 
-    def __init__(self, json: bool = False, quiet: bool = False, verbose: int = 0) -> None:
-        self.json, self.quiet, self.verbose = json, quiet, verbose
+    def __init__(self, json: bool = False, quiet: bool = False, verbose: int = 0, silent: bool = False) -> None:
+        self.json, self.quiet, self.verbose, self.silent = json, quiet or silent, verbose, silent
         self.stdout = Console(soft_wrap=True, width=None if sys.stdout.isatty() else TABLE_WIDTH)
         self.stderr = Console(stderr=True, soft_wrap=True)
 
     def result(self, text: str) -> None:
         """A line of the result, for people."""
-        if not self.json:
+        if not self.json and not self.silent:
             self.stdout.print(_plain(text), highlight=False)
 
     def table(
         self, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], total: int = 0
     ) -> None:
         """A table for people; `columns` are (heading, "left" | "right"), the last `total` rows stand apart."""
-        if self.json:
+        if self.json or self.silent:
             return
         table = Table(title=_plain(title), title_justify="left")
         for heading, justify in columns:
@@ -68,7 +69,7 @@ class Out:
 
     def data(self, value: Mapping[str, Any]) -> None:
         """The result, for programs."""
-        if self.json:
+        if self.json and not self.silent:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def note(self, text: str) -> None:
@@ -78,7 +79,8 @@ class Out:
 
     def warning(self, text: str) -> None:
         """Something to act on, on stderr, also with `--quiet`."""
-        self.stderr.print(f"[yellow]warning:[/] {_plain(text)}", highlight=False)
+        if not self.silent:
+            self.stderr.print(f"[yellow]warning:[/] {_plain(text)}", highlight=False)
 
     def error(self, error: LoftqError) -> None:
         """What stopped the command, and the way out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,14 +21,15 @@ from loftq_cli.targets import FLOATS, Targets
 class WeightJob:
     """One weight to quantize.
 
-    `dtype` is what the loader will have the weight in: the file's, or the narrower one that config.json names. `block`
-    is the path of the transformer block it sits in, e.g. `model.layers.3`.
+    `dtype` is what the loader will have the weight in: `stored_dtype`, the file's, or the narrower one that config.json
+    names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`.
     """
 
     tensor: str
     module: str
     file: str
     shape: tuple[int, int]
+    stored_dtype: torch.dtype
     dtype: torch.dtype
     bits: int
     group_size: int
@@ -39,6 +40,40 @@ class WeightJob:
     def stored_prefix(self) -> str:
         """The tensor's name without `.weight`: what the names of its quantized tensors begin with."""
         return self.tensor.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class WeightBatch:
+    """Weights of one shard that are alike but for their values: computed together, as [B, m, n]."""
+
+    jobs: tuple[WeightJob, ...]
+
+    @property
+    def first(self) -> WeightJob:
+        """Any of them: shape, bits, group size and quantizer are the same."""
+        return self.jobs[0]
+
+    @property
+    def parameters(self) -> int:
+        """Their elements."""
+        return len(self.jobs) * math.prod(self.first.shape)
+
+
+def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:
+    """Put like weights together while a batch holds at most `elements`; in the order in which the batches fill up.
+
+    Which weights share a batch must not depend on who computes it or when: a product of matrices may be summed in
+    another order in another batch.
+    """
+    batches: list[WeightBatch] = []
+    filling: dict[object, list[WeightJob]] = {}
+    for job in jobs:
+        alike = (job.shape, job.stored_dtype, job.dtype, job.bits, job.group_size, job.quantizer)
+        together = filling.setdefault(alike, [])
+        together.append(job)
+        if (len(together) + 1) * math.prod(job.shape) > elements or not may_stack(job):
+            batches.append(WeightBatch(tuple(filling.pop(alike))))
+    return batches + [WeightBatch(tuple(together)) for together in filling.values()]
 
 
 def apply_skips(targets: Targets, globs: Iterable[str]) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
@@ -89,6 +124,7 @@ def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeC
                 module=module,
                 file=info.file,
                 shape=(m, n),
+                stored_dtype=info.dtype,
                 dtype=_loaded_dtype(info.dtype, checkpoint.config),
                 bits=matching[-1] if matching else config.bits,  # the last rule wins, as in a .gitignore
                 group_size=config.group_size,

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from loftq_cli.checkpoint.files import write_file
 from loftq_cli.errors import LoftqError, again
 
 WORK_FOLDER = ".loftq"
@@ -54,28 +58,70 @@ class FileProgress:
 
 
 class Journal:
-    """Progress of a run: rows of finished weights, tensors on disk by file, seconds by stage."""
+    """Progress of a run: rows of finished weights, tensors on disk by file, seconds by stage.
 
-    def __init__(self, path: Path, identity: Identity, planned: list[str]) -> None:
-        """Open the journal at `path`, reading what an earlier run left, or begin it.
+    With several ranks each appends to a journal of its own. `begin` gathers what they left in the one of rank 0 and
+    gives it a new number; journals of another number, which it did not come to delete, no longer count.
+    """
 
-        Args:
-            path: the journal file.
-            identity: of this run; equal to that of an existing journal (the caller has checked).
-            planned: names of all files the run will write in OUT, so that `--overwrite` can remove them.
-        """
-        self.path = path
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        """Read what the ranks of this or an earlier run have journaled in `folder`."""
+        self.folder, self._rank = folder, rank
+        self.path = folder / (f"journal.{rank}.jsonl" if rank else JOURNAL_FILE)
+        self._file: TextIOWrapper | None = None
+        self._lock = threading.Lock()
+        self.load()
+
+    def load(self) -> None:
+        """Read all ranks' journals anew."""
         self.rows: dict[str, dict[str, Any]] = {}
         self.files: dict[str, FileProgress] = {}
         self.seconds: dict[str, float] = {}
-        lines = _read_lines(path)
-        for line in lines[1:]:
-            self._apply(line)
-        if path.exists():
-            _drop_partial_line(path)
-        self._file = path.open("a", encoding="utf-8")
-        if not lines:
-            self._append({"identity": asdict(identity), "planned": planned})
+        self.peaks: dict[str, int] = {}
+        header, *lines = _read_lines(self.folder / JOURNAL_FILE) or [{}]
+        self.number = header.get("number", 0)
+        of_ranks = [lines]
+        for path in sorted(self.folder.glob("journal.*.jsonl")):
+            other, *more = _read_lines(path) or [{}]
+            of_ranks += [more] if other.get("number") == self.number else []
+        totals: list[dict[str, float]] = []
+        for lines in of_ranks:
+            totals.append({})
+            for line in lines:
+                self._apply(line, totals[-1])
+        # ranks work at the same time: the slowest one's seconds count
+        for stage in {stage for seconds in totals for stage in seconds}:
+            before = header.get("seconds", {}).get(stage, 0.0)
+            self.seconds[stage] = before + max(seconds.get(stage, 0.0) for seconds in totals)
+        self.seconds = {**header.get("seconds", {}), **self.seconds}
+
+    def begin(self, identity: Identity, planned: list[str]) -> None:
+        """Write the journal of rank 0 anew, with all that is known, and open it for more.
+
+        Args:
+            identity: of this run; equal to that of an existing journal (the caller has checked).
+            planned: names of all files the run will write in OUT, so that `--overwrite` can remove them.
+        """
+        self.number = secrets.randbits(53)  # not counted on: a rank that does not share OUT may hold an older journal
+        header = {
+            "identity": asdict(identity),
+            "planned": planned,
+            "number": self.number,
+            "seconds": self.seconds,
+        }
+        written = {name: sorted(file.written) for name, file in self.files.items() if file.written}
+        whole = {name: file.sha256 for name, file in self.files.items() if file.sha256}
+        state = {"written": written, "rows": list(self.rows.values()), "seconds": {}, "whole": whole}
+        state["peaks"] = self.peaks
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in (header, state)).encode())
+        for path in self.folder.glob("journal.*.jsonl"):
+            path.unlink()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def join(self) -> None:
+        """Open the journal of another rank, beside the one that rank 0 has begun."""
+        self._file = self.path.open("w", encoding="utf-8")
+        self._append({"number": self.number})
 
     def file(self, name: str) -> FileProgress:
         """Progress of the output file `name`."""
@@ -87,39 +133,41 @@ class Journal:
         rows: list[dict[str, Any]],
         seconds: dict[str, float],
         whole: dict[str, str] | None = None,
+        peaks: dict[str, int] | None = None,
     ) -> None:
         """Record what is safe on disk: tensors `written` by file, rows of weights, hashes of files that are `whole`.
 
-        `seconds` by stage are those since the last commit; they add up over the sessions of a resumed run.
+        `seconds` by stage are those since the last commit; they add up over the sessions of a resumed run. `peaks` are
+        bytes of memory, of which the largest counts.
         """
-        line = {"written": written, "rows": rows, "seconds": seconds, "whole": whole or {}}
-        self._append(line)
-        self._apply(line)
-
-    def keep(self, file: str, written: set[str]) -> None:
-        """Forget the tensors of `file` that are not among `written`, those which were really found on disk."""
-        if self.file(file).written - written:
-            line: dict[str, Any] = {"forget": file}
+        line = {"written": written, "rows": rows, "seconds": seconds, "whole": whole or {}, "peaks": peaks or {}}
+        with self._lock:
             self._append(line)
-            self._apply(line)
+            self._apply(line, self.seconds)
 
     def close(self) -> None:
         """Close the file; it stays for `--resume`."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _apply(self, line: dict[str, Any]) -> None:
-        if "forget" in line:
-            self.files[line["forget"]] = FileProgress()
-            return
+    def remove(self) -> None:
+        """Remove the journals of all ranks: the run is finished."""
+        for path in (self.path, *self.folder.glob("journal.*.jsonl")):
+            path.unlink(missing_ok=True)
+
+    def _apply(self, line: dict[str, Any], seconds: dict[str, float]) -> None:
         for file, names in line["written"].items():
             self.file(file).written.update(names)
         for file, sha256 in line["whole"].items():
             self.file(file).sha256 = sha256
         self.rows.update({row["tensor"]: row for row in line["rows"]})
         for stage, value in line["seconds"].items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+            seconds[stage] = seconds.get(stage, 0.0) + value
+        for name, peak in line["peaks"].items():
+            self.peaks[name] = max(peak, self.peaks.get(name, 0))
 
     def _append(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -165,10 +213,8 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
 
 
 @contextmanager
-def claimed(
-    out: Path, identity: Identity, planned: list[str], resume: bool, overwrite: bool
-) -> Iterator[Journal | None]:
-    """Take `out` for this process and open its journal; with `overwrite`, first remove what loftq wrote there.
+def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Iterator[Journal | None]:
+    """Take `out` for this process and read its journal; with `overwrite`, first remove what loftq wrote there.
 
     Yields None where another run finished it in the meantime. Whatever happens, a work folder stays only for what can
     be resumed.
@@ -190,13 +236,14 @@ def claimed(
         elif finished_identity(out) is not None and check_out(out, identity, resume, overwrite):
             yield None
             return
-        journal = Journal(work / JOURNAL_FILE, identity, planned)
+        journal = Journal(work)
         try:
             yield journal
         finally:
             journal.close()
+            journal.load()
             if not any(file.written or file.sha256 for file in journal.files.values()):
-                journal.path.unlink(missing_ok=True)  # stopped before anything was worth keeping
+                journal.remove()  # stopped before anything was worth keeping
     finally:
         if not (work / JOURNAL_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
@@ -243,12 +290,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _drop_partial_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

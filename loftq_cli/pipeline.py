@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loftq_cli import __version__
-from loftq_cli.checkpoint.reader import read_chunks, read_tensor
+from loftq_cli.checkpoint.files import copy_file, write_file
+from loftq_cli.checkpoint.loader import Loader, Loading, ahead
+from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.checkpoint.source import open_checkpoint
-from loftq_cli.checkpoint.writer import ShardWriter, copy_file, file_bytes, write_file
+from loftq_cli.checkpoint.writer import ShardWriter
 from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
-from loftq_cli.jobs import WeightJob
+from loftq_cli.jobs import WeightBatch
 from loftq_cli.journal import (
     ADAPTER_CONFIG,
-    JOURNAL_FILE,
     REPORT_FILE,
     WORK_FOLDER,
     Identity,
@@ -29,11 +31,15 @@ from loftq_cli.journal import (
     check_out,
     claimed,
 )
+from loftq_cli.kernels import fused
+from loftq_cli.lanes import Lanes
+from loftq_cli.lowrank import full_precision
+from loftq_cli.outputs import Outputs
 from loftq_cli.plan import (
     ADAPTER_FILE,
     INDEX_FILE,
     Plan,
-    ShardPlan,
+    Step,
     adapter_metadata,
     check_disk,
     make_plan,
@@ -41,10 +47,12 @@ from loftq_cli.plan import (
     output_index,
     planned_files,
 )
+from loftq_cli.ranks import Ranks, joined, local_rank
 from loftq_cli.report import base_fingerprint, build_report, model_card
-from loftq_cli.worker import quantize_weight, row_dict
+from loftq_cli.worker import quantize_batch
 
-COMMIT_SECONDS = 2.0  # at most this much work is lost to a kill, beside the weight in flight
+READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
+FINISHED = -1  # told to the other ranks instead of a journal's number
 
 Progress = Callable[[str, int], None]  # called with a module name and its source bytes when its weight is done
 
@@ -79,93 +87,139 @@ def quantize(
     Raises:
         LoftqError: anything that stops the run; what is done stays in `out` for `resume`.
     """
-    plan = plan_quantize(str(model), config or build_config(options))
+    config = config or build_config(options)
+    wake(resolve_device(config.device))
+    plan = plan_quantize(str(model), config)
     return run_plan(plan, Path(out), resume=resume, overwrite=overwrite, progress=progress)
 
 
 def run_plan(
     plan: Plan, out: Path, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Carry out `plan`; see `quantize`."""
+    """Carry out `plan`; see `quantize`. Under torchrun, this process does its share of it."""
     identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config))
-    _refuse_source_as_out(plan, out)
-    if check_out(out, identity, resume, overwrite):
-        return read_finished(out)
-    check_disk(plan, out, already_bytes=_bytes_in(out))
     device = torch.device(plan.config.device)
-    with claimed(out, identity, planned_files(plan), resume, overwrite) as journal:
-        if journal is None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    progress = progress or (lambda name, size: None)
+    with joined() as ranks:
+        if ranks.rank > 0:
+            return _follow(plan, out, device, ranks, progress)
+        _refuse_source_as_out(plan, out)
+        if check_out(out, identity, resume, overwrite):
+            ranks.tell(FINISHED)
             return read_finished(out)
-        adapter = ShardWriter(
-            out / WORK_FOLDER / "adapter_model.safetensors",
-            out / ADAPTER_FILE,
-            plan.adapter_layout,
-            adapter_metadata(),
-            resume_written=journal.file(ADAPTER_FILE).written,
-        )
-        journal.keep(ADAPTER_FILE, adapter.written)
+        check_disk(plan, out, already_bytes=_bytes_in(out))
+        with claimed(out, identity, resume, overwrite) as journal:
+            if journal is None:
+                ranks.tell(FINISHED)
+                return read_finished(out)
+            with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
+                journal.begin(identity, planned_files(plan))
+                ranks.tell(journal.number)
+                run_steps(plan, outputs, device, ranks, progress)
+                if ranks.size > 1:
+                    journal.load()  # the other ranks' rows
+                report = finish(plan, out, outputs.adapter, journal, device)
+        ranks.wait()
+        return report
+
+
+def _follow(plan: Plan, out: Path, device: torch.device, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+    """What a rank other than 0 does: its share of the steps, in files that rank 0 has made."""
+    number = ranks.tell(0)
+    if number != FINISHED:
+        journal = Journal(out / WORK_FOLDER, ranks.rank)
+        if journal.number != number:
+            raise LoftqError(f"rank {ranks.rank} does not see what rank 0 writes in `{out}`", "ranks must share OUT")
+        journal.join()
+        with closing(journal), Outputs(plan, out, journal, device, ranks.rank, ranks.size) as outputs:
+            run_steps(plan, outputs, device, ranks, progress)
+        ranks.wait()
+    return read_finished(out)
+
+
+def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, progress: Progress) -> None:
+    """Read ahead, compute, write behind: all at the same time, with a bounded number of weights under way."""
+    steps = ranks.share(outputs.missing())
+    outputs.expect(steps)
+
+    def report() -> None:
+        for name, size in outputs.finished():
+            progress(name, size)
+
+    with full_precision(), closing(Loader(device)) as loader, Lanes(device) as lanes:
+        for step, loading in ahead(steps, lambda step: _load(plan, step, loader, outputs), READ_AHEAD[device.type]):
+            if isinstance(step, TensorInfo):
+                outputs.copy(step)
+            elif loading is not None:
+                lanes.submit(_compute, plan, step, loading, outputs, lanes)
+            report()
+        lanes.wait()
+    outputs.drain()
+    outputs.commit()
+    ranks.wait()
+    outputs.finish_shards()
+    ranks.wait()
+    report()
+
+
+def _load(plan: Plan, step: Step, loader: Loader, outputs: Outputs) -> Loading | None:
+    """Begin to read a batch; onto the CPU where the GPU has no room even when nothing else is on it."""
+    if isinstance(step, TensorInfo):
+        return None
+    infos = [plan.checkpoint.tensors[job.tensor] for job in step.jobs]
+    tensors = [(plan.checkpoint.path(info.file), info) for info in infos]
+    for attempt in range(2):
         try:
-            for shard in plan.shards:
-                run_shard(plan, shard, out, adapter, journal, device, progress or (lambda name, size: None))
-            return finish(plan, out, adapter, journal, device)
-        finally:
-            adapter.close()
+            return loader.load(tensors)
+        except torch.OutOfMemoryError:
+            if attempt == 0:
+                _make_room(outputs)
+    return loader.load(tensors, torch.device("cpu"))
 
 
-def run_shard(
-    plan: Plan,
-    shard: ShardPlan,
-    out: Path,
-    adapter: ShardWriter,
-    journal: Journal,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    """Write one output shard: copy what stays, quantize what is planned, and journal what is safe on disk."""
-    jobs = [step for step in shard.steps if isinstance(step, WeightJob)]
-    if _is_whole(plan, shard, jobs, out, adapter, journal):
-        for job in jobs:
-            progress(job.module, plan.checkpoint.tensors[job.tensor].nbytes)
-        return
-    path = plan.checkpoint.path(shard.file)
-    writer = ShardWriter(
-        out / WORK_FOLDER / shard.file,
-        out / shard.file,
-        shard.layout,
-        shard.metadata,
-        resume_written=journal.file(shard.file).written,
-    )
-    journal.keep(shard.file, writer.written)
-    batch = _Batch(journal, shard.file, writer, adapter)
+def _compute(plan: Plan, batch: WeightBatch, loading: Loading, outputs: Outputs, lanes: Lanes) -> None:
+    """Compute a batch; its weights one by one and alone where the GPU's memory is too small, or on the CPU."""
+    weights, seconds = loading.wait()
     try:
-        for step in shard.steps:
-            if not isinstance(step, WeightJob):
-                if step.name not in writer.written:
-                    start = time.perf_counter()
-                    writer.write_chunks(step.name, read_chunks(path, step))
-                    batch.add({"write": time.perf_counter() - start}, [step.name])
-                continue
-            info = plan.checkpoint.tensors[step.tensor]
-            if not _is_done(plan, step, writer, adapter, journal):
-                start = time.perf_counter()
-                weight = read_tensor(path, info)
-                read_seconds = time.perf_counter() - start
-                result = quantize_weight(plan, step, weight, device)
-                start = time.perf_counter()
-                for name, tensor in result.base.items():
-                    writer.write(name, tensor)
-                for name, tensor in result.adapter.items():
-                    adapter.write(name, tensor)
-                seconds = {**result.seconds, "read": read_seconds, "write": time.perf_counter() - start}
-                batch.add(seconds, list(result.base), list(result.adapter), row_dict(result.row))
-            progress(step.module, info.nbytes)
-        sha256 = writer.finish()
-        batch.commit(whole={shard.file: sha256})
-    except BaseException:
-        batch.commit()
-        raise
-    finally:
-        writer.close()
+        with lanes.room(batch.parameters):
+            result = quantize_batch(plan, batch, weights)
+        outputs.put(result, seconds)
+        return
+    except torch.OutOfMemoryError:
+        pass
+    with lanes.room():
+        _make_room(outputs)
+        for i, job in enumerate(batch.jobs):
+            alone, weight = WeightBatch((job,)), weights[i : i + 1]
+            try:
+                result = quantize_batch(plan, alone, weight)
+            except torch.OutOfMemoryError:
+                _make_room(outputs)
+                result = quantize_batch(plan, alone, weight.cpu())
+            outputs.put(result, seconds / len(batch.jobs))
+
+
+def _make_room(outputs: Outputs) -> None:
+    outputs.drain()
+    torch.cuda.empty_cache()
+
+
+def wake(device: torch.device) -> None:
+    """Have a GPU get ready in the background (context, libraries, kernels): it takes as long as planning does."""
+
+    def get_ready() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            small = torch.eye(32, dtype=torch.float64, device=device).expand(2, 32, 32).contiguous()
+            torch.linalg.solve_triangular(torch.linalg.cholesky_ex(small).L, small, upper=False)
+            torch.linalg.eigh(small)
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.baddbmm(small.to(dtype), small.to(dtype), small.to(dtype))
+            fused()
+
+    threading.Thread(target=get_ready, daemon=True).start()
 
 
 def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device: torch.device) -> dict[str, Any]:
@@ -184,74 +238,11 @@ def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device
         copy_file(plan.checkpoint.path(name), out / name)
     for name, data in late.items():
         write_file(out / name, data)
-    report = build_report(plan, list(journal.rows.values()), files, adapter_config, journal.seconds, device)
+    report = build_report(plan, journal, files, adapter_config, device)
     write_file(out / "README.md", model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
-    (out / WORK_FOLDER / JOURNAL_FILE).unlink()
+    journal.remove()
     return report
-
-
-class _Batch:
-    """Tensors and rows since the last commit; commits to the journal once `COMMIT_SECONDS` have passed."""
-
-    def __init__(self, journal: Journal, file: str, writer: ShardWriter, adapter: ShardWriter) -> None:
-        self.journal, self.file, self.writer, self.adapter = journal, file, writer, adapter
-        self._clear()
-
-    def _clear(self) -> None:
-        self.since = time.perf_counter()
-        self.base_names: list[str] = []
-        self.adapter_names: list[str] = []
-        self.rows: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
-
-    def add(
-        self,
-        seconds: dict[str, float],
-        base_names: list[str],
-        adapter_names: list[str] | None = None,
-        row: dict[str, Any] | None = None,
-    ) -> None:
-        self.base_names += base_names
-        self.adapter_names += adapter_names or []
-        self.rows += [row] if row else []
-        for stage, value in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
-        if time.perf_counter() - self.since > COMMIT_SECONDS:
-            self.commit()
-
-    def commit(self, whole: dict[str, str] | None = None) -> None:
-        if not self.base_names and not whole:
-            return
-        if whole is None:  # a whole file was synced when it was renamed
-            self.writer.sync()
-        self.adapter.sync()
-        self.seconds["total"] = time.perf_counter() - self.since
-        written = {self.file: self.base_names, ADAPTER_FILE: self.adapter_names}
-        self.journal.commit(written, self.rows, self.seconds, whole)
-        self._clear()
-
-
-def _is_done(plan: Plan, job: WeightJob, writer: ShardWriter, adapter: ShardWriter, journal: Journal) -> bool:
-    base_names = plan.format.tensors(job.stored_prefix, plan.empty(job))
-    return job.tensor in journal.rows and writer.written.issuperset(base_names) and _adapter_has(adapter, job)
-
-
-def _is_whole(
-    plan: Plan, shard: ShardPlan, jobs: list[WeightJob], out: Path, adapter: ShardWriter, journal: Journal
-) -> bool:
-    """Whether an earlier session finished this shard, and its files are still there."""
-    path = out / shard.file
-    return (
-        journal.file(shard.file).sha256 is not None
-        and path.exists()
-        and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
-        and all(_adapter_has(adapter, job) for job in jobs)
-    )
-
-
-def _adapter_has(adapter: ShardWriter, job: WeightJob) -> bool:
-    return adapter.written.issuperset(peft_adapter.tensor_names(job.module))
 
 
 def read_finished(out: Path) -> dict[str, Any]:
@@ -266,14 +257,14 @@ def _refuse_source_as_out(plan: Plan, out: Path) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` → the first GPU, else the CPU.
+    """`auto` → a GPU, else the CPU; under torchrun every rank of a machine takes a GPU of its own.
 
     Raises:
         LoftqError: a GPU is asked for that torch does not see.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise LoftqError(f"`--device {name}`: torch sees {seen} CUDA devices", "use `--device auto` or `cpu`")

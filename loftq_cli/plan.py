@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,19 @@ from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, peft_adapter
 from loftq_cli.formats.base import Format
-from loftq_cli.jobs import WeightJob, apply_skips, make_jobs, reasons, refuse_ragged_groups, refuse_rank
+from loftq_cli.jobs import (
+    WeightBatch,
+    WeightJob,
+    apply_skips,
+    make_batches,
+    make_jobs,
+    reasons,
+    refuse_ragged_groups,
+    refuse_rank,
+)
 from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
 from loftq_cli.quantizers import QUANTIZERS
-from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
+from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import find_targets
 
 RUNTIME_BYTES = 450 << 20  # Python with torch and transformers imported, measured on Linux
@@ -31,12 +40,18 @@ INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
 
 
+# On a GPU small weights are computed together, or launches would decide; a CPU has nothing to gain from it.
+BATCH_ELEMENTS = {"cuda": 1 << 26}
+
+Step = WeightBatch | TensorInfo  # a TensorInfo is copied verbatim
+
+
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output shard, named as its input shard: steps in the order of the bytes, and the tensors it will hold."""
+    """One output shard, named as its input shard: its steps, and the tensors it will hold in the order of the bytes."""
 
     file: str
-    steps: tuple[WeightJob | TensorInfo, ...]  # a TensorInfo is copied verbatim
+    steps: tuple[Step, ...]
     layout: tuple[TensorSpec, ...]
     metadata: dict[str, str]
 
@@ -60,6 +75,7 @@ class Plan:
     main_input_name: str
     has_fused_experts: bool
     notes: tuple[str, ...]
+    _stored: dict[object, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     rank = property(lambda self: self.config.rank)
     alpha = property(lambda self: self.config.alpha)
@@ -115,6 +131,14 @@ class Plan:
     def empty(self, job: WeightJob) -> QuantizedWeight:
         """The quantized form of `job` on the meta device."""
         return self.make_quantizer(job).empty(*job.shape)
+
+    def stored(self, job: WeightJob) -> list[TensorSpec]:
+        """The tensors that `job` becomes in its shard."""
+        alike = (job.shape, job.dtype, job.bits, job.group_size, job.quantizer)
+        if alike not in self._stored:  # a model has few kinds of weights, and thousands of weights
+            self._stored[alike] = self.format.tensors("", self.empty(job))
+        tensors = self._stored[alike].items()
+        return [TensorSpec(job.stored_prefix + suffix, t.dtype, tuple(t.shape)) for suffix, t in tensors]
 
 
 def adapter_metadata(base_sha256: str = "0" * 64) -> dict[str, str]:
@@ -232,21 +256,24 @@ def _other_formats(build: Callable[..., Plan]) -> str:
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
     jobs = {job.tensor: job for job in plan.jobs}
     shards = []
+    elements = BATCH_ELEMENTS.get(torch.device(plan.config.device).type, 0)
     for file in plan.checkpoint.files:
-        steps: list[WeightJob | TensorInfo] = []
+        copies: list[Step] = []
         layout: list[TensorSpec] = []
+        of_shard: list[WeightJob] = []
         for info in plan.checkpoint.tensors.values():
             if info.file != file:
                 continue
             if job := jobs.get(info.name):
-                steps.append(job)
-                tensors = plan.format.tensors(job.stored_prefix, plan.empty(job))
-                layout.extend(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
+                of_shard.append(job)
+                layout.extend(plan.stored(job))
             else:
-                steps.append(info)
+                copies.append(info)
                 layout.append(TensorSpec(info.name, info.dtype, info.shape))
         metadata = {"format": "pt", **plan.checkpoint.metadata.get(file, {})}
-        shards.append(ShardPlan(file, tuple(steps), tuple(layout), metadata))
+        batches = make_batches(of_shard, lambda job: stackable(plan.make_quantizer(job), *job.shape), elements)
+        # copies first: they keep the disk busy while the first weights are computed
+        shards.append(ShardPlan(file, (*copies, *batches), tuple(layout), metadata))
     return replace(plan, shards=tuple(shards), notes=notes)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from loftq_cli import __version__
+from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
 SCHEMA = 1
@@ -38,15 +39,14 @@ def pooled(errors_and_norms: Iterable[tuple[float, float]]) -> float:
 
 def build_report(
     plan: Plan,
-    rows: list[dict[str, Any]],
+    journal: Journal,
     files: Mapping[str, str],
     adapter_config: Mapping[str, Any],
-    seconds: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, Any]:
     """The content of `loftq_report.json`; `files` maps names in OUT to sha256."""
     order = {job.tensor: position for position, job in enumerate(plan.jobs)}
-    rows = sorted(rows, key=lambda row: order[row["tensor"]])
+    rows = sorted(journal.rows.values(), key=lambda row: order[row["tensor"]])
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -65,9 +65,9 @@ def build_report(
             "relative_error_without_adapter": pooled(
                 (row["relative_error_without_adapter"], row["norm"]) for row in rows
             ),
-            "seconds": {stage: round(seconds.get(stage, 0.0), 3) for stage in STAGES},
-            "peak_host_bytes": peak_host_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            "seconds": {stage: round(journal.seconds.get(stage, 0.0), 3) for stage in STAGES},
+            "peak_host_bytes": journal.peaks.get("host", 0),
+            "peak_device_bytes": journal.peaks.get("device", 0),
         },
         "weights": rows,
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],

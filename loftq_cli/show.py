@@ -66,6 +66,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
             f"{len(unrepaired)} weights have an adapter that starts at zero, because no factors helped in "
             f"{config['adapter_dtype']}: `{unrepaired[0]['name']}` is the first"
         )
+    if moved := [row["name"] for row in report["weights"] if row["device"] != config["device"]]:
+        output.warning(f"{len(moved)} weights did not fit the GPU's memory and were computed on the CPU: {moved[0]}, …")
     seconds = totals["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total")
     device = f", {size(totals['peak_device_bytes'])} of device memory" if totals["peak_device_bytes"] else ""

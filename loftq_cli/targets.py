@@ -7,36 +7,18 @@ stands in, and says so.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from loftq_cli import lean
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
+from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-# (Auto class, its table in transformers, PEFT task type where PEFT's wrapper passes the model only arguments it has)
-AUTO_CLASSES = (
-    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "CAUSAL_LM"),
-    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM"),
-    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
-    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", None),
-    # with their task types PEFT would want the head's weights in the adapter
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", None),
-    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", None),
-    ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", None),
-    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModel", "MODEL_MAPPING_NAMES", "FEATURE_EXTRACTION"),
-)
 
 # For the fallback only: parts of names that are two-dimensional weights but not linear layers, or never quantized.
 NOT_LINEAR = re.compile(
@@ -72,16 +54,24 @@ class Targets:
     note: str | None = None
 
 
-class _Unknown(Exception):
-    """A model type that transformers does not have."""
-
-
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Targets:
     """Find the linear weights of `checkpoint`, from its config and headers alone."""
+    if trust_remote_code or not lean.possible():
+        return _find(checkpoint, trust_remote_code)
     try:
-        with _quiet():
-            model = _meta_model(checkpoint, trust_remote_code)
-    except _Unknown as error:
+        with lean.imports():
+            try:
+                return _find(checkpoint, light=True)
+            except LoftqError:  # a few models compute with real and with meta tensors at once
+                return _find(checkpoint)
+    except Exception:  # perhaps for want of what was hidden
+        return lean.in_fresh_process(_find, checkpoint)
+
+
+def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool = False) -> Targets:
+    try:
+        model = build(checkpoint, trust_remote_code, light)
+    except UnknownModelError as error:
         return _by_rule(checkpoint, str(error))
     except Exception as error:  # a broken config, a missing optional package, an error in remote code
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -90,29 +80,6 @@ def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Tar
             "it must build this model for the result to load: check config.json, or install what is missing",
         ) from error
     return _by_model(checkpoint, model)
-
-
-def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    source = checkpoint.config
-    if trust_remote_code and "auto_map" in source:
-        arguments = {"revision": checkpoint.revision, "trust_remote_code": True}
-        config = transformers.AutoConfig.from_pretrained(checkpoint.model, **arguments)
-        auto = next(name for name, _, _ in AUTO_CLASSES if name in source["auto_map"])
-        with torch.device("meta"):
-            return getattr(transformers, auto).from_config(config, trust_remote_code=True)
-    if source.get("model_type") not in CONFIG_MAPPING:
-        hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
-        raise _Unknown(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
-    config = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
-    architecture = (source.get("architectures") or ["?"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise LookupError(f"it has no class `{architecture}`, which config.json names under `architectures`")
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
@@ -160,7 +127,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             linears[info.name] = name
     found = set(linears.values())
     architecture = type(model).__name__
-    auto_class, task_type = _auto_class(architecture, model.main_input_name, checkpoint.config)
+    auto_class, task_type = find_auto_class(architecture, model.main_input_name, checkpoint.config)
     return Targets(
         linears=linears,
         skipped=skipped,
@@ -244,17 +211,6 @@ def _is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bo
     )
 
 
-def _auto_class(architecture: str, main_input_name: str, config: dict[str, Any]) -> tuple[str, str | None]:
-    from transformers.models.auto import modeling_auto
-
-    for auto_class, table, task_type in AUTO_CLASSES:
-        names = getattr(modeling_auto, table, {}).values()
-        if any(architecture == entry or (isinstance(entry, tuple) and architecture in entry) for entry in names):
-            text_only = main_input_name == "input_ids" and not {"vision_config", "audio_config"} & config.keys()
-            return auto_class, task_type if text_only else None
-    return architecture, None
-
-
 def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
     linears: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -287,14 +243,3 @@ def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
         has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),
         note=f"transformers could not build this model ({reason}): linear layers were chosen by names and shapes",
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep optional packages that transformers imports from talking on stderr."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

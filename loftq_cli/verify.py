@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import Format
@@ -184,20 +184,21 @@ def _recompute(
         try:
             W = _source_weight(checkpoint, row)
             base = _stored_weight(out, stored, output, row, report["config"])
-            tensors = {name: _tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"])}
+            stored_A, stored_B = (_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
         except LoftqError as error:
             violations.append(error.message)
             continue
-        lora_A, lora_B = peft_adapter.effective(tensors, scaling)
-        norm2, residual = squared_norm(W), W - base
+        lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
+        residual = W - base
+        norm2, before2, after2 = squared_norm(torch.stack([W, residual, residual - lora_B @ lora_A])).tolist()
         measured = {
-            "relative_error": relative(squared_norm(residual - lora_B @ lora_A), norm2),
-            "relative_error_without_adapter": relative(squared_norm(residual), norm2),
+            "relative_error": relative(after2, norm2),
+            "relative_error_without_adapter": relative(before2, norm2),
         }
         for key, value in measured.items():
             if not abs(value - row[key]) <= TOLERANCE * max(1.0, value):
                 violations.append(f"`{row['tensor']}`: {key} is {value:.6f}, the report says {row[key]:.6f}")
-        pairs.append((measured["relative_error"], float(norm2.sqrt())))
+        pairs.append((measured["relative_error"], norm2**0.5))
         progress(row["name"], checkpoint.tensors[row["tensor"]].nbytes)
     return pairs, violations
 

@@ -1,21 +1,24 @@
-"""One weight on one device: quantize, factorise, round to what is stored, measure."""
+"""One batch of weights on one device: quantize, factorise, round to what is stored, measure."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
-from loftq_cli.jobs import WeightJob
+from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import METHODS, seed_for, squared_norm
-from loftq_cli.methods.qlora import zero_start
 from loftq_cli.plan import Plan
-from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, dequantize
+from loftq_cli.quantizers.base import residual as residual_of
+from loftq_cli.quantizers.base import unstack
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class WeightRow:
     group_size: int
     quantizer: str
     rank: int
+    device: str  # the CPU's where the GPU had no room
     iterations: int
     relative_error: float
     relative_error_without_adapter: float
@@ -45,110 +49,160 @@ class WeightResult:
     base: dict[str, Tensor]
     adapter: dict[str, Tensor]
     row: WeightRow
-    seconds: dict[str, float]
+
+
+class Stopwatch:
+    """Seconds by stage on one device: in a GPU's own time, by events that nobody waits for until the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what runs inside as `stage`."""
+        start = self._now()
+        yield
+        self._spans.append((stage, start, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage; on a GPU only after its work is done."""
+        totals: dict[str, float] = defaultdict(float)
+        for stage, start, end in self._spans:
+            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                totals[stage] += start.elapsed_time(end) / 1e3
+            elif isinstance(start, float) and isinstance(end, float):
+                totals[stage] += end - start
+        return dict(totals)
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @dataclass
-class Stopwatch:
-    """Seconds by stage on one device, in the device's own time (CUDA work is asynchronous)."""
+class BatchResult:
+    """The result of a batch on its way from the device; `wait` for it, then it can be looked at.
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
+    Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 4]: squared norms of the
+    weight and of the error without and with the adapter, iterations.
+    """
 
-    def now(self) -> float:
-        """Seconds, after the device has finished what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    plan: Plan
+    batch: WeightBatch
+    weights: Tensor
+    base: list[dict[str, Tensor]]
+    factors: list[Tensor]
+    measured: Tensor
+    watch: Stopwatch
+    done: torch.cuda.Event | None = None
+    on_device: BatchResult | None = None  # what is being copied from there
 
-    def add(self, stage: str, since: float) -> float:
-        """Add the time from `since` until now to `stage`; return now."""
-        now = self.now()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
-        return now
+    def wait(self) -> None:
+        """Wait for the device, check what came, and let go of the device's memory.
+
+        Raises:
+            LoftqError: NaN or infinite values, or scales beyond float16; names the tensor.
+        """
+        if self.done is not None:
+            self.done.synchronize()
+        for i, job in enumerate(self.batch.jobs):
+            if not self.measured[i, :2].isfinite().all():
+                raise _refusal(job, self.weights[i].float())
+        self.weights, self.on_device = self.weights[:0], None
+
+    def rows(self) -> Iterator[WeightResult]:
+        """Each weight's tensors and row, after `wait`."""
+        seconds = sum(self.watch.seconds().values()) / len(self.batch.jobs)
+        for i, job in enumerate(self.batch.jobs):
+            norm2, before2, after2, iterations = self.measured[i].tolist()
+            names = peft_adapter.tensor_names(job.module)
+            adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)}
+            row = WeightRow(
+                name=job.module,
+                tensor=job.tensor,
+                dtype=str(job.dtype).removeprefix("torch."),
+                shape=job.shape,
+                bits=job.bits,
+                group_size=job.group_size,
+                quantizer=job.quantizer,
+                rank=self.plan.config.rank,
+                device=self.weights.device.type,
+                iterations=int(iterations),
+                relative_error=relative(after2, norm2),
+                relative_error_without_adapter=relative(before2, norm2),
+                norm=norm2**0.5,
+                sha256={name: hash_tensor(tensor) for name, tensor in {**self.base[i], **adapter}.items()},
+                seconds=round(seconds, 6),
+            )
+            yield WeightResult(self.base[i], adapter, row)
 
 
-class _Timed:
-    """A quantizer whose `quantize` is timed, so that the rest of a method's time is the low-rank step's."""
-
-    def __init__(self, quantizer: Quantizer, watch: Stopwatch) -> None:
-        self.bits, self.group_size, self.dtype = quantizer.bits, quantizer.group_size, quantizer.dtype
-        self.empty = quantizer.empty
-        self._quantizer, self._watch = quantizer, watch
-
-    def quantize(self, W: Tensor) -> QuantizedWeight:
-        start = self._watch.now()
-        quantized = self._quantizer.quantize(W)
-        self._watch.add("quantize", start)
-        return quantized
-
-
-def quantize_weight(plan: Plan, job: WeightJob, weight: Tensor, device: torch.device) -> WeightResult:
-    """Run the plan's method on one weight.
+def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResult:
+    """Run the plan's method on a batch, on the device of `weights`, without waiting for a GPU.
 
     Args:
         plan: the decided options.
-        job: which weight it is.
-        weight: [m, n], any float dtype, on the CPU.
-        device: where to compute.
-
-    Raises:
-        LoftqError: NaN or infinite values, or scales beyond float16; names the tensor.
+        batch: which weights they are.
+        weights: [B, m, n], any float dtype.
     """
-    watch = Stopwatch(device)
-    start = watch.now()
-    W = weight.to(device).float()
-    _refuse_non_finite(job, W)
-    quantizer = _Timed(plan.make_quantizer(job), watch)
-    seed = seed_for(plan.config.seed, job.tensor)
-    method = METHODS[plan.config.method]
-    result = method(W, quantizer, plan.config.rank, iters=plan.config.iters, seed=seed)
-    watch.seconds["low_rank"] = watch.now() - start - watch.seconds["quantize"]
+    job, config = batch.first, plan.config
+    watch = Stopwatch(weights.device)
+    # a GPU's kernels read the stored dtype, a CPU would convert it in every round
+    W = weights if weights.is_cuda else weights.float()
+    quantizer = plan.make_quantizer(job)
+    seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
+    made = METHODS[config.method](W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+    with watch("quantize"):
+        scaling = peft_adapter.scaling(config.rank, plan.alpha, config.rslora)
+        dtype = getattr(torch, config.adapter_dtype)
+        factors = peft_adapter.stored_factors(made.factors.lora_A, made.factors.lora_B, scaling, dtype)
+        zero = peft_adapter.stored_factors(made.start.lora_A, made.start.lora_B, scaling, dtype)
 
-    residual = W - dequantize(result.quantized)
-    norm2, before2 = squared_norm(W), squared_norm(residual)
-    if not torch.isfinite(before2):
-        dtype_of_values = str(result.quantized.dtype).removeprefix("torch.")
-        if job.quantizer == "nf":
-            raise LoftqError(f"`{job.tensor}`: its weights, up to {W.abs().max():.3g}, are beyond {dtype_of_values}")
-        raise LoftqError(
-            f"`{job.tensor}`: a scale of `{job.quantizer}` is beyond float16 (largest weight {W.abs().max():.3g})",
-            f"use `--quantizer nf` (float32 scales), or leave it out with `--skip '{job.module}'`",
+        rows = W.view(-1, W.shape[2])
+        norm2 = squared_norm(W)
+        residual = residual_of(rows, made.quantized).view(W.shape)
+        before2 = squared_norm(residual)
+        lora_A, lora_B = peft_adapter.applied_factors(*factors, scaling)
+        after2 = squared_norm(residual.baddbmm_(lora_B, lora_A, alpha=-1))
+        del residual
+        # nothing to repair, or the adapter's dtype cannot hold the factors
+        repaired = after2 < before2
+        chosen = [torch.where(repaired[:, None, None], a, b) for a, b in zip(factors, zero, strict=True)]
+        iterations = torch.where(repaired, made.iterations, 0)
+        after2 = torch.where(repaired, after2, before2)
+        measured = torch.stack([norm2, before2, after2, iterations], 1)
+        base = [
+            plan.format.tensors(job.stored_prefix, quantized)
+            for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
+        ]
+    result = BatchResult(plan, batch, weights, base, chosen, measured, watch)
+    return _to_host(result) if weights.is_cuda else result
+
+
+def _to_host(result: BatchResult) -> BatchResult:
+    """Start the copies into pinned memory, on a stream of their own so that the next batch need not wait for them."""
+    copies = _copy_stream(result.measured.device)
+    copies.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(copies):
+        return replace(
+            result,
+            base=[{name: t.to("cpu", non_blocking=True) for name, t in tensors.items()} for tensors in result.base],
+            factors=[factor.to("cpu", non_blocking=True) for factor in result.factors],
+            measured=result.measured.to("cpu", non_blocking=True),
+            done=copies.record_event(),
+            on_device=result,
         )
-    scaling = peft_adapter.scaling(plan.config.rank, plan.alpha, plan.config.rslora)
-    dtype = getattr(torch, plan.config.adapter_dtype)
 
-    def stored(factors_A: Tensor, factors_B: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The adapter's tensors, and the squared error with them as PEFT will apply them."""
-        tensors = peft_adapter.adapter_tensors(job.module, factors_A, factors_B, scaling, dtype)
-        lora_A, lora_B = peft_adapter.effective(tensors, scaling)
-        return tensors, squared_norm(residual - lora_B @ lora_A)
 
-    iterations = result.iterations
-    adapter, after2 = stored(result.factors.lora_A, result.factors.lora_B)
-    if not after2 < before2:  # nothing to repair, or the adapter's dtype cannot hold the factors
-        zero = zero_start(W, plan.config.rank, seed)
-        adapter, after2 = stored(zero.lora_A, zero.lora_B)
-        iterations = 0
-    base = {name: tensor.cpu() for name, tensor in plan.format.tensors(job.stored_prefix, result.quantized).items()}
-    adapter = {name: tensor.cpu() for name, tensor in adapter.items()}
-    row = WeightRow(
-        name=job.module,
-        tensor=job.tensor,
-        dtype=str(job.dtype).removeprefix("torch."),
-        shape=job.shape,
-        bits=job.bits,
-        group_size=job.group_size,
-        quantizer=job.quantizer,
-        rank=plan.config.rank,
-        iterations=iterations,
-        relative_error=relative(after2, norm2),
-        relative_error_without_adapter=relative(before2, norm2),
-        norm=float(norm2.sqrt()),
-        sha256={name: hash_tensor(tensor) for name, tensor in {**base, **adapter}.items()},
-        seconds=round(watch.now() - start, 6),
-    )
-    return WeightResult(base, adapter, row, watch.seconds)
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return _streams.setdefault(device, torch.cuda.Stream(device))
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -156,9 +210,9 @@ def hash_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def relative(squared_error: Tensor, squared_reference: Tensor) -> float:
+def relative(squared_error: float, squared_reference: float) -> float:
     """√(squared_error / squared_reference); 0 where both are 0."""
-    return float((squared_error / squared_reference).sqrt()) if squared_error > 0 else 0.0
+    return (squared_error / squared_reference) ** 0.5 if squared_error > 0 else 0.0
 
 
 def row_dict(row: WeightRow) -> dict[str, object]:
@@ -166,10 +220,17 @@ def row_dict(row: WeightRow) -> dict[str, object]:
     return {**asdict(row), "shape": list(row.shape)}
 
 
-def _refuse_non_finite(job: WeightJob, W: Tensor) -> None:
-    bad = W.numel() - int(torch.isfinite(W).sum())
-    if bad:
-        raise LoftqError(
+def _refusal(job: WeightJob, W: Tensor) -> LoftqError:
+    if bad := W.numel() - int(torch.isfinite(W).sum()):
+        return LoftqError(
             f"`{job.tensor}` in `{job.file}` holds {bad} NaN or infinite values of {W.numel()}",
             f"repair the checkpoint, or leave this weight as it is with `--skip '{job.module}'`",
         )
+    if job.quantizer == "nf":
+        return LoftqError(
+            f"`{job.tensor}`: its weights, up to {W.abs().max():.3g}, are beyond the dtype it is loaded in"
+        )
+    return LoftqError(
+        f"`{job.tensor}`: a scale of `{job.quantizer}` is beyond float16 (largest weight {W.abs().max():.3g})",
+        f"use `--quantizer nf` (float32 scales), or leave it out with `--skip '{job.module}'`",
+    )

@@ -4,9 +4,12 @@
     python scripts/bench.py svd MODEL       the same loop with full SVDs: time ratio and error ratio, in one run
     python scripts/bench.py loop            the same comparison on random heavy-tailed matrices of growing size
     python scripts/bench.py agree MODEL     CUDA against CPU on every weight: codes and errors
+    python scripts/bench.py quantize MODEL  a whole run beside the time that moving the bytes takes, and full SVDs
+    python scripts/bench.py profile MODEL   where the time of a run goes; MODEL with a few layers
     python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
-Prints a Markdown table and writes scripts/results/NAME.json, with the machine named in it.
+Prints a Markdown table and writes scripts/results/NAME.json (BENCH_RESULTS names another folder), with the machine
+named in it. `scripts/make_checkpoint.py` makes a MODEL of any size.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-GROUP_SIZE, RANK, ITERS = 64, 16, 5
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this loftq, not an installed one
+sys.path.insert(0, str(Path(__file__).parent))
+import bench_profile
+import bench_quantize
+from bench_common import GROUP_SIZE, HERE, ITERS, RANK, full_svd_loop, now, print_table, relative, save, table_row
 
 COLUMNS = {  # of the printed tables, with their format specifications
     "table": {
@@ -44,46 +50,9 @@ COLUMNS = {  # of the printed tables, with their format specifications
         "error on CPU": ".6f", "error on CUDA": ".6f", "largest difference of one weight": ".1e",
         "CPU, s": ".1f", "CUDA, s": ".1f",
     },
+    "quantize": bench_quantize.COLUMNS,
+    "profile": bench_profile.COLUMNS,
 }  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].partition(":")[2].strip() if lines else processor
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": processor, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def save(name: str, rows: list[dict[str, Any]], **extra: Any) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    here = machine()
-    content = {
-        "command": f"python scripts/bench.py {name}" + ("" if name == "loop" else " MODEL"),
-        "machine": here,
-        **extra,
-        "rows": rows,
-    }
-    file = f"{name}-cuda" if here["gpu"] else name
-    (RESULTS / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def table_row(row: dict[str, Any], columns: dict[str, str]) -> str:
-    return "| " + " | ".join(format(row[key], spec) for key, spec in columns.items()) + " |"
-
-
-def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """Markdown; `columns` maps keys to format specifications."""
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print(table_row(row, columns))
 
 
 def table(model: str) -> None:
@@ -113,30 +82,6 @@ def table(model: str) -> None:
     save("table", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
-def full_svd_loop(W: Any, quantizer: Any, rank: int, iters: int) -> tuple[Any, float]:
-    """LoftQ as published: a full SVD every round, the last round kept. Returns the result and seconds quantizing."""
-    import torch
-
-    from loftq_cli.quantizers.base import dequantize
-
-    product, seconds = torch.zeros_like(W), 0.0
-    for _ in range(iters):
-        start = now()
-        base = dequantize(quantizer.quantize(W - product))
-        seconds += now() - start
-        U, S, Vh = torch.linalg.svd(W - base, full_matrices=False)
-        product = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-    return base + product, seconds
-
-
-def now() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def svd(model: str) -> None:
     """LoftQ's alternation as published beside ours, weight by weight, on every weight of a model."""
     import torch
@@ -151,43 +96,45 @@ def svd(model: str) -> None:
     rows = []
     for bits in (2, 3, 4):
         plan = plan_quantize(model, QuantizeConfig(bits=bits, rank=RANK))
-        seconds = dict.fromkeys(("ours", "ours, quantize", "full SVD", "full SVD, quantize"), 0.0)
+        seconds = dict.fromkeys(("ours", "full SVD", "low_rank", "quantize", "full SVD alone"), 0.0)
         squares = dict.fromkeys(("ours", "full SVD", "norm"), 0.0)
+
+        @contextmanager
+        def timed(stage: str, seconds: dict[str, float] = seconds) -> Iterator[None]:
+            start = now()
+            yield
+            seconds[stage] += now() - start
+
         for number, job in enumerate(plan.jobs):
             info = plan.checkpoint.tensors[job.tensor]
             W = read_tensor(plan.checkpoint.path(info.file), info).to(device).float()
-            quantizer = plan.make_quantizer(job)
+            quantizer, seeds = plan.make_quantizer(job), [seed_for(0, job.tensor)]
             if number == 0:  # warm up: threads, allocator, kernels
-                loftq(W, quantizer, RANK, iters=2, seed=0)
+                loftq(W[None], quantizer, RANK, iters=2, seeds=seeds)
                 torch.linalg.svd(W)
             start = now()
-            ours = loftq(W, quantizer, RANK, iters=ITERS, seed=seed_for(0, job.tensor))
+            ours = loftq(W[None], quantizer, RANK, iters=ITERS, seeds=seeds)
             seconds["ours"] += now() - start
-            start = now()
-            for _ in range(ITERS):
-                dequantize(quantizer.quantize(W))
-            seconds["ours, quantize"] += now() - start
-            start = now()
-            published, quantize_seconds = full_svd_loop(W, quantizer, RANK, ITERS)
-            seconds["full SVD"] += now() - start
-            seconds["full SVD, quantize"] += quantize_seconds
-            squares["ours"] += squared_norm(W - dequantize(ours.quantized) - ours.factors.product()).item()
-            squares["full SVD"] += squared_norm(W - published).item()
-            squares["norm"] += squared_norm(W).item()
+            loftq(W[None], quantizer, RANK, iters=ITERS, seeds=seeds, timed=timed)  # again: to time stages is to wait
+            published = full_svd_loop(W, quantizer, RANK, ITERS)
+            seconds["full SVD"] += published.seconds
+            seconds["full SVD alone"] += published.svd_seconds  # as many as our low-rank steps, and nothing else
+            squares["ours"] += squared_norm((W - dequantize(ours.quantized))[None] - ours.factors.product()).item()
+            squares["full SVD"] += squared_norm((W - published.approximation)[None]).item()
+            squares["norm"] += squared_norm(W[None]).item()
         error = {key: (squares[key] / squares["norm"]) ** 0.5 for key in ("ours", "full SVD")}
-        low_rank = {key: seconds[key] - seconds[f"{key}, quantize"] for key in ("ours", "full SVD")}
         rows.append({
             "bits": bits, "quantizer": plan.config.quantizer,
             "ours, s": seconds["ours"], "full SVD, s": seconds["full SVD"],
             "ratio": seconds["full SVD"] / seconds["ours"],
-            "low rank alone: ours, s": low_rank["ours"], "full SVD alone, s": low_rank["full SVD"],
-            "ratio alone": low_rank["full SVD"] / low_rank["ours"],
+            "low rank alone: ours, s": seconds["low_rank"], "full SVD alone, s": seconds["full SVD alone"],
+            "ratio alone": seconds["full SVD alone"] / seconds["low_rank"],
             "error, ours": error["ours"], "error, full SVD": error["full SVD"],
             "error ratio": error["ours"] / error["full SVD"],
         })  # fmt: skip
-        print(rows[-1], file=sys.stderr)
+        print(rows[-1], file=sys.stderr, flush=True)
+        save("svd", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
     print_table(rows, COLUMNS["svd"])
-    save("svd", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
 def loop() -> None:
@@ -209,22 +156,20 @@ def loop() -> None:
             times = []
             for _ in range(5):
                 start = now()
-                ours = loftq(W, quantizer, RANK, iters=ITERS, seed=0)
+                ours = loftq(W[None], quantizer, RANK, iters=ITERS, seeds=[0])
                 times.append(now() - start)
-            start = now()
-            published, _ = full_svd_loop(W, quantizer, RANK, ITERS)
-            full_seconds = now() - start
-            error = (W - dequantize(ours.quantized) - ours.factors.product()).norm() / W.norm()
-            full_error = (W - published).norm() / W.norm()
+            published = full_svd_loop(W, quantizer, RANK, ITERS)
+            error = relative(W - dequantize(ours.quantized) - ours.factors.product()[0], W)
+            full_error = relative(W - published.approximation, W)
             best = sorted(times[1:])[1]  # the first warms up
             rows.append({
-                "size": size, "bits": bits, "ours, ms": best * 1e3, "full SVD, ms": full_seconds * 1e3,
-                "ratio": full_seconds / best, "error, ours": error.item(), "error, full SVD": full_error.item(),
-                "error ratio": (error / full_error).item(),
+                "size": size, "bits": bits, "ours, ms": best * 1e3, "full SVD, ms": published.seconds * 1e3,
+                "ratio": published.seconds / best, "error, ours": error, "error, full SVD": full_error,
+                "error ratio": error / full_error,
             })  # fmt: skip
-            print(rows[-1], file=sys.stderr)
+            print(rows[-1], file=sys.stderr, flush=True)
+            save("loop", rows, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
     print_table(rows, COLUMNS["loop"])
-    save("loop", rows, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
 def agree(model: str) -> None:
@@ -233,9 +178,16 @@ def agree(model: str) -> None:
 
     from loftq_cli.checkpoint.reader import read_tensor
     from loftq_cli.config import QuantizeConfig
+    from loftq_cli.jobs import WeightBatch, WeightJob
     from loftq_cli.pipeline import plan_quantize
+    from loftq_cli.plan import Plan
     from loftq_cli.report import pooled
-    from loftq_cli.worker import quantize_weight
+    from loftq_cli.worker import WeightResult, quantize_batch
+
+    def compute(plan: Plan, job: WeightJob, weight: torch.Tensor, device: str) -> WeightResult:
+        result = quantize_batch(plan, WeightBatch((job,)), weight[None].to(device))
+        result.wait()
+        return next(result.rows())
 
     rows = []
     for bits, quantizer in ((2, "uniform"), (3, "uniform"), (4, "nf")):
@@ -250,9 +202,9 @@ def agree(model: str) -> None:
                 results = {}
                 for device in ("cuda", "cpu"):
                     if number == 0:
-                        quantize_weight(plan, job, weight, torch.device(device))
+                        compute(plan, job, weight, device)
                     start = time.perf_counter()
-                    results[device] = quantize_weight(plan, job, weight, torch.device(device))
+                    results[device] = compute(plan, job, weight, device)
                     seconds[device] += time.perf_counter() - start
                     errors[device].append((results[device].row.relative_error, results[device].row.norm))
                 pair = results["cpu"].row, results["cuda"].row
@@ -275,9 +227,13 @@ def agree(model: str) -> None:
 
 def readme() -> None:
     """Replace each `<!-- NAME -->` … `<!-- end -->` of README.md by the table of scripts/results/NAME.json."""
-    path = RESULTS.parent.parent / "README.md"
+    path = HERE.parent.parent / "README.md"
     text = path.read_text(encoding="utf-8")
-    for file in sorted(RESULTS.glob("*.json")):
+    for file in sorted(HERE.glob("*.json")):
+        start, end = f"<!-- {file.stem} -->", "<!-- end -->"
+        if start not in text:
+            print(f"README.md has no {start}", file=sys.stderr)
+            continue
         content = json.loads(file.read_text(encoding="utf-8"))
         columns = COLUMNS[file.stem.removesuffix("-cuda")]
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -285,20 +241,41 @@ def readme() -> None:
         here = content["machine"]
         place = here["gpu"] or f"{here['cores']} cores of {here['cpu']}"
         lines += ["", f"`{content['command']}` on {place}, torch {here['torch']}."]
-        start, end = f"<!-- {file.stem} -->", "<!-- end -->"
         before, _, rest = text.partition(start)
         text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
     path.write_text(text, encoding="utf-8")
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "svd", "loop", "agree", "readme"))
+    parser.add_argument("what", choices=("table", "svd", "loop", "agree", "quantize", "profile", "readme"))
     parser.add_argument("model", nargs="?")
+    group = parser.add_argument_group("quantize")
+    group.add_argument("--bits", type=int, default=2)
+    group.add_argument("--rank", type=int, default=RANK)
+    group.add_argument("--iters", type=int, default=ITERS)
+    group.add_argument("--out", type=Path, help="keep the last result here")
+    group.add_argument("--runs", type=int, default=2, help="timed ones, after the warm-up: the best counts")
+    group.add_argument("--warm-up", type=int, default=1, help="runs before, to fill the page cache")
+    group.add_argument("--nproc", type=int, nargs="+", default=[1], help="processes (torchrun), e.g. `1 2`")
+    group.add_argument("--no-svd", dest="svd", action="store_false", help="without the loop as published")
+    group.add_argument("--svd-rounds", type=int, help="time so many of its rounds and multiply")
+    group.add_argument("--svd-seconds", type=float, default=60, help="where all rounds take longer, time one")
+    group.add_argument("--per-shape", type=int, default=1, help="weights of each shape to time")
     arguments = parser.parse_args()
-    if arguments.what in ("loop", "readme"):
-        {"loop": loop, "readme": readme}[arguments.what]()
-    elif arguments.model is None:
+    if arguments.model is None and arguments.what not in ("loop", "readme"):
         parser.error(f"{arguments.what} needs a MODEL")
+    return arguments
+
+
+if __name__ == "__main__":
+    arguments = vars(parse())
+    what, model = arguments.pop("what"), arguments.pop("model")
+    if what in ("loop", "readme"):
+        {"loop": loop, "readme": readme}[what]()
+    elif what == "quantize":
+        bench_quantize.quantize(Path(model), **arguments)
+    elif what == "profile":
+        bench_profile.profile(Path(model))
     else:
-        {"table": table, "svd": svd, "agree": agree}[arguments.what](arguments.model)
+        {"table": table, "svd": svd, "agree": agree}[what](model)

@@ -163,7 +163,8 @@ def write_adapter(out: Path, plan: Any, zero_B: bool = False) -> None:
         m, n = job.shape
         lora_A = torch.randn(plan.rank, n, generator=generator) * 0.05
         lora_B = torch.zeros(m, plan.rank) if zero_B else torch.randn(m, plan.rank, generator=generator) * 0.05
-        tensors |= peft_adapter.adapter_tensors(job.module, lora_A, lora_B, scaling, torch.float32)
+        stored = peft_adapter.stored_factors(lora_A, lora_B, scaling, torch.float32)
+        tensors |= dict(zip(peft_adapter.tensor_names(job.module), stored, strict=True))
     folder = out / "loftq_init"
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -99,6 +99,13 @@ def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(bits: int, n: int)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_gpu_packs_the_same_bytes(bits: int) -> None:
     codes = codes_like(33, 1000, bits)
-    words = pack(codes.cuda(), bits)
+    there = codes.cuda()
+    torch.cuda.set_sync_debug_mode("error")  # and does not wait for it
+    try:
+        words, nibbles = pack(there, bits), pack_nibbles(there)
+        restored = unpack(words, bits, 1000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(words.cpu(), pack(codes, bits))
-    assert torch.equal(unpack(words, bits, 1000).cpu(), codes)
+    assert torch.equal(nibbles.cpu(), pack_nibbles(codes))
+    assert torch.equal(restored.cpu(), codes)

@@ -17,7 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loftq_cli.quantizers import QUANTIZERS, NormalFloat, QuantizedWeight, Uniform, UniformSymmetric, dequantize
+from loftq_cli.quantizers import (
+    QUANTIZERS,
+    NormalFloat,
+    QuantizedWeight,
+    Uniform,
+    UniformSymmetric,
+    dequantize,
+    quantize_residual,
+    residual,
+    stackable,
+    unstack,
+)
+from loftq_cli.quantizers import base as base_module
 from loftq_cli.quantizers import normal_float as normal_float_module
 from loftq_cli.quantizers import uniform as uniform_module
 from loftq_cli.quantizers.normal_float import construct_codebook, dynamic_codebook, normal_float_codebook
@@ -129,6 +141,68 @@ def test_its_own_values_come_back(name: str, bits: int) -> None:
     W = weight(96, 256)
     once = dequantize(quantizer.quantize(W))
     assert share(quantizer.quantize(once), once) < 0.05 * share(quantizer.quantize(W), W)
+
+
+# --- batches and residuals
+
+
+def any_quantizer(draw: Any) -> Any:
+    name, bits = draw(st.sampled_from(EVERY))
+    more = {"double_quant": draw(st.booleans())} if name == "nf" else {}
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    return QUANTIZERS[name](bits, draw(st.sampled_from([16, 24, 64, -1])), dtype=dtype, **more)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 9), st.integers(1, 140), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_residual_in_chunks_is_w_minus_dequantized(data: Any, m: int, n: int, dtype: torch.dtype) -> None:
+    quantizer = any_quantizer(data.draw)
+    W = weight(m, n).to(dtype)
+    q = quantizer.quantize(W)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_module, "CPU_CHUNK", data.draw(st.sampled_from([1, 200, 1 << 18])))
+        assert torch.equal(residual(W, q), W.float() - dequantize(q))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.sampled_from([16, 30, 64, 96, 130]), st.integers(0, 5))
+def test_a_stacked_weight_becomes_what_it_becomes_alone(data: Any, batch: int, m: int, n: int, rank: int) -> None:
+    quantizer = any_quantizer(data.draw)
+    W = weight(batch * m, n).view(batch, m, n)
+    factors = (weight(batch * rank, n, 1).view(batch, rank, n) / 9, weight(batch * m, rank, 2).view(batch, m, rank))
+    if not rank:
+        factors = ()
+    if not stackable(quantizer, m, n):
+        assert isinstance(quantizer, NormalFloat)
+        assert quantizer.double_quant or m * n % quantizer.empty(m, n).group_size
+        return
+    q, left = quantize_residual(quantizer, W, *factors)
+    assert q.shape == (batch * m, n)
+    assert left.shape == W.shape
+    assert len(unstack(q, batch)) == batch
+    for i, one in enumerate(unstack(q, batch)):
+        alone, left_alone = quantize_residual(quantizer, W[i : i + 1], *(factor[i : i + 1] for factor in factors))
+        assert vars(one).keys() == vars(alone).keys()
+        assert (one.shape, one.group_size, one.dtype) == (alone.shape, alone.group_size, alone.dtype)
+        assert tensors(one).keys() == tensors(alone).keys()
+        assert all(torch.equal(value, tensors(alone)[key]) for key, value in tensors(one).items())
+        assert torch.equal(left[i], left_alone[0])
+        assert torch.equal(left[i], W[i] - dequantize(one))
+
+
+@pytest.mark.parametrize(("name", "bits"), EVERY)
+def test_what_is_quantized_is_w_minus_the_product(name: str, bits: int) -> None:
+    quantizer = QUANTIZERS[name](bits=bits, group_size=64)
+    W, lora_A, lora_B = weight(2 * 96, 256).view(2, 96, 256).bfloat16(), weight(16, 256, 1), weight(2 * 96, 8, 2) / 9
+    lora_A, lora_B = lora_A.view(2, 8, 256), lora_B.view(2, 96, 8)
+    q, left = quantize_residual(quantizer, W, lora_A, lora_B)
+    target = (W.double() - lora_B.double() @ lora_A.double()).view(-1, 256)
+    ideal = quantizer.quantize(target.float())
+    assert (q.codes != ideal.codes).double().mean() < 1e-3
+    errors = [(target - dequantize(each).double()).square().sum().item() for each in (q, ideal)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4 if bits == 8 else 1e-5)
+    assert left.dtype == torch.float32
+    assert torch.equal(left, W.float() - dequantize(q).view_as(W))
 
 
 # --- uniform

@@ -45,8 +45,12 @@ def test_measured_tables_are_those_of_the_results() -> None:
     from scripts import bench
 
     files = sorted((ROOT / "scripts/results").glob("*.json"))
-    assert {file.stem for file in files} == {"agree-cuda", "loop", "loop-cuda", "svd", "svd-cuda", "table"}
+    places = set(re.findall(r"^<!-- (\S+) -->$", README, re.MULTILINE)) - {"end"}
+    assert {file.stem for file in files if not file.stem.startswith("profile")} == places
+    assert {"agree-cuda", "loop", "loop-cuda", "svd", "svd-cuda", "table"} <= places
     for file in files:
+        if file.stem not in places:  # profiles are to be read as they are
+            continue
         rows = json.loads(file.read_text())["rows"]
         for row in rows:
             printed = bench.table_row(row, bench.COLUMNS[file.stem.removesuffix("-cuda")])

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from loftq_cli.formats.peft_adapter import (
     adapter_config,
-    adapter_tensors,
-    effective,
+    applied_factors,
     scaling,
+    stored_factors,
     target_modules,
     tensor_names,
 )
@@ -41,7 +41,7 @@ def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
 
 
 def write_adapter(folder: Path, plan: Any, names: list[str], dtype: torch.dtype, base: str) -> dict[str, Tensor]:
-    """Random factors for the modules of `plan`; returns what `effective` says each product is."""
+    """Random factors for the modules of `plan`; returns what `applied_factors` says each product is."""
     generator = torch.Generator().manual_seed(0)
     tensors, products = {}, {}
     for job in plan.jobs:
@@ -49,10 +49,9 @@ def write_adapter(folder: Path, plan: Any, names: list[str], dtype: torch.dtype,
         lora_A = torch.randn(plan.rank, n, generator=generator) * 0.1
         lora_B = torch.randn(m, plan.rank, generator=generator) * 0.1
         factor = scaling(plan.rank, plan.alpha, plan.rslora)
-        stored = adapter_tensors(job.module, lora_A, lora_B, factor, dtype)
-        assert tuple(stored) == tensor_names(job.module)
-        tensors |= stored
-        stored_A, stored_B = effective(stored, factor)
+        stored = stored_factors(lora_A, lora_B, factor, dtype)
+        tensors |= dict(zip(tensor_names(job.module), stored, strict=True))
+        stored_A, stored_B = applied_factors(*stored, factor)
         products[job.module] = stored_B @ stored_A
         if dtype == torch.float32:
             torch.testing.assert_close(products[job.module], lora_B @ lora_A)
@@ -121,9 +120,9 @@ def test_scaling() -> None:
 @pytest.mark.parametrize("factor", [1.0, 0.25, 2.0, 8 / math.sqrt(16)])
 def test_a_scaling_that_is_a_power_of_two_rounds_nothing(dtype: torch.dtype, factor: float) -> None:
     lora_A, lora_B = (torch.randn(4, 8).to(dtype).float(), torch.randn(8, 4).to(dtype).float())
-    stored = adapter_tensors("a", lora_A, lora_B, factor, dtype)
-    assert all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in stored.values())
-    again_A, again_B = effective(stored, factor)
+    stored = stored_factors(lora_A, lora_B, factor, dtype)
+    assert all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in stored)
+    again_A, again_B = applied_factors(*stored, factor)
     assert torch.equal(again_A, lora_A)
     assert torch.equal(again_B, lora_B)
 
@@ -131,8 +130,8 @@ def test_a_scaling_that_is_a_power_of_two_rounds_nothing(dtype: torch.dtype, fac
 def test_lora_A_is_stored_as_the_method_gave_it() -> None:
     """A `qlora` start has `lora_B` = 0, and a `lora_A` whose distribution must be PEFT's own."""
     lora_A = torch.randn(4, 8)
-    stored = adapter_tensors("a", lora_A, torch.zeros(8, 4), 0.3, torch.float32)
-    assert torch.equal(stored[tensor_names("a")[0]], lora_A)
+    stored_A, _ = stored_factors(lora_A, torch.zeros(8, 4), 0.3, torch.float32)
+    assert torch.equal(stored_A, lora_A)
 
 
 def test_config_has_no_key_that_peft_lacks() -> None:

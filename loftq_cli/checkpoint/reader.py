@@ -139,10 +139,15 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     Not a memory map: the pages of a map stay in the process, and a pass over a model would end up holding all of it.
     """
     buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-    with _open(path) as stream:
-        stream.seek(info.offset)
-        _fill(buffer.numpy().data, stream, path, info, 0)
+    read_into(buffer.numpy().data, path, info, 0)
     return buffer.view(info.dtype).reshape(info.shape)
+
+
+def read_into(view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
+    """Fill `view` with the bytes of one tensor from its byte `begin` on."""
+    with _open(path) as stream:
+        stream.seek(info.offset + begin)
+        _fill(view, stream, path, info, begin)
 
 
 def sample_hash(path: Path, header: Header) -> str:

@@ -1,24 +1,25 @@
-"""Whole files only: written under a temporary name, flushed to the disk, renamed; hashed on the way."""
+"""One safetensors file, written tensor by tensor under a temporary name, hashed on the way, and renamed once whole."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import CHUNK_BYTES, DTYPES, Header, TensorInfo, read_header
+from loftq_cli.checkpoint.files import allocate, sync_folder, writing
+from loftq_cli.checkpoint.reader import DTYPES, Header, TensorInfo, read_header
 from loftq_cli.errors import LoftqError
 
+HASH_BYTES = 4 << 20  # read back at once, out of the page cache
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -71,7 +72,7 @@ class ShardWriter:
 
     The file has its full size from the start, so that a full disk shows before the work and not after it. The caller
     journals a tensor as written after `sync`; a later writer with the same layout takes the journal's names as
-    `resume_written`. Use it from one thread.
+    `resume_written`. Several threads, and with `join` several processes, may write tensors at once.
 
     Args:
         temporary: where the file grows; a killed or closed writer leaves it there.
@@ -79,6 +80,7 @@ class ShardWriter:
         layout: the tensors to come.
         metadata: the `__metadata__` of the header.
         resume_written: names of tensors that an earlier writer wrote and synced.
+        join: the file is there, begun by another process of this run.
 
     Attributes:
         written: names of the tensors that the file holds; empty after a resume that found no fitting file.
@@ -91,18 +93,20 @@ class ShardWriter:
         layout: Sequence[TensorSpec],
         metadata: Mapping[str, str],
         resume_written: Collection[str] = (),
+        join: bool = False,
     ) -> None:
         self._temporary, self._final, self._layout = temporary, final, layout
         self._header = plan_header(layout, metadata, final.name)
         self._infos = self._header.tensors
-        resumed = set(resume_written) if self._find_unfinished(set(resume_written)) else set()
-        with _writing(temporary):
-            if not resumed:
+        resumed = set(resume_written) if join or self._find_unfinished(set(resume_written)) else set()
+        with writing(temporary):
+            if not resumed and not join:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 temporary.unlink(missing_ok=True)
-                _allocate(temporary, self._header.file_bytes, final)
+                allocate(temporary, self._header.file_bytes, final)
             self._file = temporary.open("r+b", buffering=0)
         self.written: set[str] = resumed
+        self._hashing, self._closing = threading.Lock(), threading.Lock()
         self._write_header()
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -117,7 +121,7 @@ class ShardWriter:
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write one tensor as bytes that come in pieces."""
         info = self._infos[name]
-        self.written.discard(name)  # until its last piece is there
+        self.forget([name])  # until its last piece is there
         position, end = info.offset, info.offset + info.nbytes
         for chunk in chunks:
             if position + len(chunk) > end:
@@ -127,11 +131,21 @@ class ShardWriter:
         if position < end:
             raise ValueError(f"{position - info.offset} bytes for `{name}` of `{info.file}`, not {info.nbytes}")
         self.written.add(name)
+        self._hash_ahead()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take tensors for not written: they will come again."""
+        for name in self.written.intersection(names):
+            self.written.discard(name)
+            with self._hashing:
+                if self._infos[name].offset < self._hashed:  # what was hashed is no more
+                    self._restart_hash()
 
     def sync(self) -> None:
-        """Flush what is written to the disk: from here on it survives a crash of the machine."""
-        with _writing(self._final):
-            getattr(os, "fdatasync", os.fsync)(self._file.fileno())
+        """Flush what is written to the disk, unless it is closed: from here on it survives a crash of the machine."""
+        with self._closing, writing(self._final):
+            if not self._file.closed:
+                getattr(os, "fdatasync", os.fsync)(self._file.fileno())
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         """Replace the metadata by one that takes as many bytes, such as a hash where zeros held its place."""
@@ -151,18 +165,20 @@ class ShardWriter:
         missing = self._infos.keys() - self.written
         if missing:
             raise ValueError(f"`{self._final.name}` lacks {len(missing)} tensors, `{min(missing)}` among them")
-        with _writing(self._final):
-            self._hash_rest()
+        with writing(self._final):
+            with self._hashing:
+                self._hash_to(self._header.file_bytes)
             os.fsync(self._file.fileno())
             self.close()
             self._final.parent.mkdir(parents=True, exist_ok=True)
             self._temporary.replace(self._final)
-            _sync_folder(self._final.parent)
+            sync_folder(self._final.parent)
         return self._sha.hexdigest()
 
     def close(self) -> None:
         """Let go of the file; an unfinished one stays under its temporary name."""
-        self._file.close()
+        with self._closing:
+            self._file.close()
 
     def _find_unfinished(self, names: set[str]) -> bool:
         """Whether an earlier writer's file is there under the temporary name, moved back there if need be."""
@@ -179,116 +195,43 @@ class ShardWriter:
         if not same_metadata or header.tensors != self._header.tensors:
             return False
         if found == self._final:
-            with _writing(self._final):
+            with writing(self._final):
                 self._final.replace(self._temporary)
         return True
 
     def _write_header(self) -> None:
-        self._sha, self._hashed = hashlib.sha256(), 0
         self._write_at(0, self._header.raw)
+        with self._hashing:
+            self._restart_hash()
 
     def _write_at(self, position: int, data: bytes | memoryview) -> None:
-        with _writing(self._final):
-            self._file.seek(position)
-            view = memoryview(data)
+        with writing(self._final):
+            view = memoryview(data).cast("B")
             while view:  # one write stops at 2 GiB
-                view = view[self._file.write(view) :]
-        if position == self._hashed:
-            self._sha.update(data)
-            self._hashed += len(data)
-        elif position < self._hashed:  # written again: what was hashed is no more, `finish` reads it back
-            self._sha, self._hashed = hashlib.sha256(), 0
+                count = os.pwrite(self._file.fileno(), view, position)
+                view, position = view[count:], position + count
 
-    def _hash_rest(self) -> None:
-        self._file.seek(self._hashed)
-        while chunk := self._file.read(CHUNK_BYTES):
+    def _restart_hash(self) -> None:
+        self._sha, self._hashed, self._unhashed = hashlib.sha256(), 0, deque(self._infos.values())
+
+    def _hash_ahead(self) -> None:
+        """Hash what is there without a gap, so that little is left to `finish`; not if another thread is at it."""
+        if not self._hashing.acquire(blocking=False):
+            return
+        try:
+            end = 0
+            while self._unhashed and self._unhashed[0].name in self.written:
+                info = self._unhashed.popleft()
+                end = info.offset + info.nbytes
+            with writing(self._final):
+                self._hash_to(end)
+        finally:
+            self._hashing.release()
+
+    def _hash_to(self, end: int) -> None:
+        while self._hashed < end:
+            chunk = os.pread(self._file.fileno(), min(HASH_BYTES, end - self._hashed), self._hashed)
+            if not chunk:
+                raise LoftqError(f"`{self._temporary}` lost bytes while it was written", "is another run using it?")
             self._sha.update(chunk)
             self._hashed += len(chunk)
-        if self._hashed != self._header.file_bytes:
-            raise LoftqError(f"`{self._temporary}` lost bytes while it was written", "is another run using it?")
-
-
-def write_file(path: Path, data: bytes) -> str:
-    """Write a small file whole, or not at all; returns its sha256 in hex."""
-    return _replace_whole(path, [data])
-
-
-def copy_file(source: Path, destination: Path) -> str:
-    """Copy a file whole, or not at all (what a link points to, not the link); returns its sha256 in hex."""
-    return _replace_whole(destination, _chunks(source))
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    sha = hashlib.sha256()
-    for chunk in _chunks(path):
-        sha.update(chunk)
-    return sha.hexdigest()
-
-
-def _replace_whole(path: Path, chunks: Iterable[bytes]) -> str:
-    sha, temporary = hashlib.sha256(), path.with_name(path.name + ".tmp")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
-                    sha.update(chunk)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    return sha.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb", buffering=0) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
-    except OSError as error:
-        raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
-
-
-def _allocate(path: Path, file_bytes: int, final: Path) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < file_bytes:  # asked first: allocating would fill the disk before it fails
-        raise _disk_full(final, file_bytes, free)
-    with path.open("xb") as stream:
-        try:
-            os.posix_fallocate(stream.fileno(), 0, file_bytes)
-        except (AttributeError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                path.unlink()
-                raise _disk_full(final, file_bytes, shutil.disk_usage(path.parent).free) from error
-            stream.truncate(file_bytes)  # not on this system, or not on this file system
-
-
-def _disk_full(final: Path, file_bytes: int, free: int) -> LoftqError:
-    missing = f", {file_bytes - free} bytes too few" if free < file_bytes else " (a quota or a limit on file sizes?)"
-    return LoftqError(
-        f"no room for `{final}`: it takes {file_bytes} bytes, {free} are free{missing}",
-        "free the space or write to another disk; with `--resume` the run goes on from here",
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename needs no flush
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "free the space or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise LoftqError(f"cannot write `{path}`: {error.strerror or error}", hint) from error

@@ -135,7 +135,9 @@ def _quant_state(q: QuantizedWeight) -> Tensor:
     fields = _fields(q)
     text = json.dumps(fields if q.nested is None else fields | {"nested_offset": offset})
     length = 0 if q.nested is None else len(json.dumps(fields | {"nested_offset": 0})) - 1 + OFFSET_CHARACTERS
-    return torch.tensor(list(text.ljust(length).encode()), dtype=torch.uint8, device=q.codes.device)
+    # not on the weight's GPU, where it would have to be waited for
+    device = "meta" if q.codes.is_meta else "cpu"
+    return torch.tensor(list(text.ljust(length).encode()), dtype=torch.uint8, device=device)
 
 
 def _fields(q: QuantizedWeight) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def value_dtype(source_dtype: torch.dtype) -> torch.dtype:
 
 def tensors(module: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
     """See `Format.tensors`: `weight` [m, n] in the source dtype."""
-    return {f"{module}.weight": dequantize(quantized).to(quantized.dtype)}
+    q = quantized
+    if q.codes.is_meta:
+        return {f"{module}.weight": torch.empty(q.shape, dtype=q.dtype, device="meta")}
+    return {f"{module}.weight": dequantize(q).to(q.dtype)}
 
 
 def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tensor:

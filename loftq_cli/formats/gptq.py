@@ -104,7 +104,7 @@ def tensors(module: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
         f"{module}.qweight": pack(q.codes, q.bits).T.contiguous(),
         f"{module}.qzeros": pack(q.zero_point.T.contiguous(), q.bits),
         f"{module}.scales": q.scale.T.to(torch.float16).contiguous(),
-        f"{module}.g_idx": _g_idx(q).to(q.codes.device),
+        f"{module}.g_idx": _g_idx(q),
     }
 
 
@@ -120,7 +120,7 @@ def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tens
     qzeros = stored(tensors, f"{module}.qzeros", torch.int32, (groups, m * like.bits // 32))
     scales = stored(tensors, f"{module}.scales", torch.float16, (groups, m))
     g_idx = stored(tensors, f"{module}.g_idx", torch.int32, (n,))
-    if not torch.equal(g_idx.cpu(), _g_idx(like)):
+    if not torch.equal(g_idx.cpu(), torch.arange(n, dtype=torch.int32) // like.group_size):
         raise LoftqError(f"`{module}.g_idx` does not number groups of {like.group_size} inputs")
     codes = unpack(qweight.T, like.bits, n)
     zero_point = unpack(qzeros, like.bits, m).T
@@ -156,4 +156,8 @@ def _skipped_inside(plan: Plan) -> list[str]:
 
 
 def _g_idx(q: QuantizedWeight) -> Tensor:
-    return torch.arange(q.shape[1], dtype=torch.int32) // q.group_size
+    n = q.shape[1]
+    if q.codes.is_meta:  # a division on the meta device would import torch's compiler, for seconds
+        return torch.empty(n, dtype=torch.int32, device="meta")
+    # on the CPU, not on the weight's GPU, from where it would only have to come back
+    return torch.arange(n, dtype=torch.int32) // q.group_size

@@ -27,30 +27,24 @@ def tensor_names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def adapter_tensors(
-    module: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Name the factors of one module and divide the scaling out of them.
+def stored_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Divide the scaling out of the factors, and round them to what is stored.
 
     All of the division goes to `lora_B`. So `lora_A` stays what the method chose, above all for the `qlora` start,
     whose `lora_A` must keep the distribution that PEFT gives it; and for the usual scalings, powers of two, nothing
     is rounded, while a square root on each factor would round both.
 
     Args:
-        module: the module name as the loaded model has it.
-        lora_A: [r, n], for scaling 1.
-        lora_B: [m, r], for scaling 1.
+        lora_A: [..., r, n], for scaling 1.
+        lora_B: [..., m, r], for scaling 1.
         scaling: see `scaling`.
         dtype: what the factors are stored in.
     """
-    name_A, name_B = tensor_names(module)
-    return {name_A: lora_A.to(dtype).contiguous(), name_B: (lora_B.float() / scaling).to(dtype).contiguous()}
+    return lora_A.to(dtype).contiguous(), (lora_B.float() / scaling).to(dtype).contiguous()
 
 
-def effective(tensors: dict[str, Tensor], scaling: float) -> tuple[Tensor, Tensor]:
-    """Invert `adapter_tensors`: the stored factors of one module as float32 `lora_A`, `lora_B` for scaling 1."""
-    (lora_A,) = (tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
-    (lora_B,) = (tensor for name, tensor in tensors.items() if name.endswith(".lora_B.weight"))
+def applied_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Invert `stored_factors`: the stored factors as float32 `lora_A`, `lora_B` for scaling 1."""
     return lora_A.float(), lora_B.float() * scaling
 
 

@@ -5,19 +5,33 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+WIDEST = 4096  # longer groups do not fit the registers of one program
+WIDEST_WITH_PRODUCT = 512  # a program of longer groups has so few rows that it reads lora_A too often
+
+
+class Kernels(NamedTuple):
+    """The functions of the modules that they are named after."""
+
+    uniform: Callable[..., Any]
+    codebook: Callable[..., Any]
+    residual: Callable[..., Any]
+
 
 @functools.cache
-def fused_uniform_search() -> Callable[..., Any] | None:
-    """`kernels.uniform.search`, or None where Triton is missing or cannot compile (it needs a C compiler)."""
+def fused() -> Kernels | None:
+    """The kernels, or None where Triton is missing or cannot compile (it needs a C compiler)."""
     try:
-        from loftq_cli.kernels.uniform import search
+        from loftq_cli.kernels.codebook import codebook
+        from loftq_cli.kernels.residual import residual
+        from loftq_cli.kernels.uniform import uniform
 
-        search(torch.zeros(1, 8, device="cuda"), 2, False, [1.0], 1, 1.0, (1.0, 1.0))
+        zeros = torch.zeros(1, 8, device="cuda")
+        residual(zeros, zeros.byte(), zeros[0, :1], None, zeros[0], 8, torch.float32)
     except Exception as error:
-        warnings.warn(f"the fused kernel does not run here, torch is used: {error}", stacklevel=2)
+        warnings.warn(f"the fused kernels do not run here, torch is used: {error}", stacklevel=2)
         return None
-    return search
+    return Kernels(uniform, codebook, residual)

@@ -1,8 +1,13 @@
-"""What a method returns, and what all methods share. Shapes: m = out_features, n = in_features, r = rank."""
+"""What a method returns, and what all methods share.
+
+Shapes: B = weights in a batch, m = out_features, n = in_features, r = rank.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,39 +19,64 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 
 RUN = 1024  # weights
 
+Timed = Callable[[str], AbstractContextManager[None]]  # wraps the stages "quantize" and "low_rank"
+
+
+def untimed(stage: str) -> AbstractContextManager[None]:
+    """Measure nothing."""
+    return nullcontext()
+
 
 @dataclass(frozen=True)
 class Decomposition:
-    """`W ≈ dequantize(quantized) + factors.product()`, for scaling 1.
+    """`W ≈ dequantize(quantized) + factors.product()`, for scaling 1, of a batch of weights one on top of the other.
 
-    `iterations` counts the alternations that led to it: 0 where the weight was only quantized.
+    `start` is QLoRA's, for weights that turn out to have nothing to repair. `iterations` counts the alternations that
+    led to each weight's factors: 0 where it was only quantized.
+
+    Shapes: quantized [B * m, n], iterations int64 [B].
     """
 
     quantized: QuantizedWeight
     factors: LowRankFactors
-    iterations: int
+    start: LowRankFactors
+    iterations: Tensor
 
 
 class Method(Protocol):
     """A method is one function; one row in `METHODS` adds it."""
 
-    def __call__(self, W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seed: int) -> Decomposition:
-        """Decompose `W` [m, n], deterministically, on its device; `seed` is that of this weight (`seed_for`)."""
+    def __call__(
+        self, W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seeds: Sequence[int], timed: Timed = untimed
+    ) -> Decomposition:
+        """Decompose `W` [B, m, n], of any float dtype, deterministically, on its device.
+
+        Args:
+            W: weights that `stackable` allows to quantize together, or a single one.
+            quantizer: how to quantize.
+            rank: of the factors.
+            iters: alternations.
+            seeds: those of the weights (`seed_for`).
+            timed: wraps the stages "quantize" and "low_rank".
+        """
         ...
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """Return the sum of squares of a float32 `x`, float64 [], to 1e-8 (1e-7 for a few thousand weights).
+    """Return the sum of squares of each float32 `x[i]`, float64 [B], to 1e-8 (1e-7 for a few thousand weights).
 
-    Summed in float32 over short runs only: over 16 M weights that would be 0.2 % short. A float64 copy costs ten times
-    as much, and is taken where squares may leave the range of float32.
+    A GPU sums in float64 as it reads: no copy, and no wait for a decision. On a CPU a float64 copy costs ten times as
+    much as summing in float32, over short runs only (over 16 M weights it would be 0.2 % short); the copy is taken
+    where squares may leave the range of float32.
     """
-    flat = x.reshape(-1)
-    whole = len(flat) // RUN * RUN
-    runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:])
-    total: Tensor = runs.double().square().sum() + rest.double().square()
-    return total if 1e-20 < total < 1e30 else flat.double().square().sum()
+    if x.is_cuda:
+        return torch.stack(torch._foreach_norm(x.unbind(), 2, torch.float64)).square_()
+    flat = x.flatten(1)
+    whole = flat.shape[1] // RUN * RUN
+    runs = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, RUN)), dim=2)
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1)
+    total: Tensor = runs.double().square_().sum(1) + rest.double().square_()
+    return total if ((total > 1e-20) & (total < 1e30)).all() else flat.double().square_().sum(1)
 
 
 def seed_for(seed: int, name: str) -> int:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from loftq_cli.lowrank import LowRankFactors
-from loftq_cli.methods.base import Decomposition
+from loftq_cli.lowrank import LowRankFactors, uniform
+from loftq_cli.methods.base import Decomposition, Timed, untimed
 from loftq_cli.quantizers.base import Quantizer
 
 
-def qlora(W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seed: int) -> Decomposition:
-    """Quantize `W` [m, n]; `iters` is not used."""
-    return Decomposition(quantizer.quantize(W), zero_start(W, rank, seed), iterations=0)
+def qlora(
+    W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seeds: Sequence[int], timed: Timed = untimed
+) -> Decomposition:
+    """Quantize `W` [B, m, n]; `iters` is not used."""
+    with timed("quantize"):
+        quantized = quantizer.quantize(W.float().flatten(0, 1))
+    iterations = torch.zeros(len(W), dtype=torch.int64, device=W.device)
+    start = zero_start(W, rank, seeds)
+    return Decomposition(quantized, start, start, iterations)
 
 
-def zero_start(W: Tensor, rank: int, seed: int) -> LowRankFactors:
-    """Return factors whose product is zero and which can train: lora_A as PEFT draws it, lora_B zero.
+def zero_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:
+    """Return factors for `W` [B, m, n] whose product is zero and which can train: lora_A random, lora_B zero.
 
-    `kaiming_uniform_(lora_A, a=√5)` is uniform on ±1/√n. Drawn on the CPU, so that every device starts alike.
+    `kaiming_uniform_(lora_A, a=√5)`, which PEFT draws from, is uniform on ±1/√n.
     """
-    m, n = W.shape
-    generator = torch.Generator().manual_seed(seed)
-    lora_A = torch.empty(rank, n, dtype=torch.float32).uniform_(-(n**-0.5), n**-0.5, generator=generator)
-    return LowRankFactors(lora_A.to(W.device), torch.zeros(m, rank, dtype=torch.float32, device=W.device))
+    B, m, n = W.shape
+    return LowRankFactors(
+        uniform(seeds, rank, n, W.device).mul_(n**-0.5),
+        torch.zeros(B, m, rank, device=W.device),
+        torch.zeros(B, dtype=torch.float64, device=W.device),
+    )

@@ -7,6 +7,7 @@ from loftq_cli.quantizers.base import (
     dequantize,
     expand_groups,
     quantize_residual,
+    residual,
     stackable,
     unstack,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "dequantize",
     "expand_groups",
     "quantize_residual",
+    "residual",
     "stackable",
     "unstack",
 ]

@@ -13,12 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loftq_cli.quantizers.base import NestedScale, QuantizedWeight, expand_groups
+from loftq_cli.kernels import WIDEST, WIDEST_WITH_PRODUCT, fused
+from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, NestedScale, QuantizedWeight, expand_groups, residual
 
 OFFSET = 0.9677083  # the outermost quantile, of QLoRA and LoftQ
 SMALLEST_ABSMAX = 1e-38  # where bitsandbytes clamps, so that a block of zeros can be divided by it
 NESTED_BLOCK = 256  # scales per scale of scales
-CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24  # weights; see uniform.py
 
 # NF4 as bitsandbytes has it: the construction below differs from it by rounding, up to 1e-7.
 NF4 = (
@@ -50,13 +50,33 @@ class NormalFloat:
     def quantize(self, W: Tensor) -> QuantizedWeight:
         """Quantize `W` [m, n]: the level nearest to `W / absmax`, the lower one in a tie."""
         m, n = W.shape
-        codes, scale = _blockwise(W.reshape(-1), self.bits, self._block(n))
-        nested = None
-        if self.double_quant:
-            nested = _nest(scale)
-            scale = nested.codebook[nested.codes.long()]
-            scale = scale * expand_groups(nested.absmax, (1, len(scale)), NESTED_BLOCK)[0] + nested.offset
-        return self._result(codes.view(m, n), scale, normal_float_codebook(self.bits).to(W.device), nested)
+        done = self._fused(W[None], None, None, None) if W.is_cuda else None
+        codes, scale = _blockwise(W.reshape(-1), self.bits, self._block(n)) if done is None else done[:2]
+        return self._nested(codes.view(m, n), scale)
+
+    def fused_residual(
+        self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None
+    ) -> tuple[QuantizedWeight, Tensor] | None:
+        """`quantize_residual` in one kernel, on CUDA; None where there is none for it."""
+        done = self._fused(W, lora_A, lora_B, None if self.double_quant else self.dtype)
+        if done is None:
+            return None
+        codes, scale, difference = done
+        quantized = self._nested(codes, scale)
+        if difference is None:  # the scales changed after the fact
+            difference = residual(W.reshape(codes.shape), quantized).view(W.shape)
+        return quantized, difference
+
+    def _fused(
+        self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, values: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        n = W.shape[2]
+        g = self._block(n)
+        widest = WIDEST if lora_A is None else WIDEST_WITH_PRODUCT
+        kernels = fused() if n % g == 0 and g <= widest else None
+        if kernels is None:
+            return None
+        return kernels.codebook(W, lora_A, lora_B, normal_float_codebook(self.bits, W.device), g, values)
 
     def empty(self, m: int, n: int) -> QuantizedWeight:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
@@ -68,18 +88,27 @@ class NormalFloat:
         nested = None
         if self.double_quant:
             nested = NestedScale(meta(blocks, dtype=torch.uint8), meta(-(-blocks // NESTED_BLOCK)), meta(256), meta())
-        return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), meta(2**self.bits), nested)
+        return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), nested)
 
     def _block(self, n: int) -> int:
         return n if self.group_size == -1 else self.group_size
 
-    def _result(self, codes: Tensor, scale: Tensor, codebook: Tensor, nested: NestedScale | None) -> QuantizedWeight:
+    def _nested(self, codes: Tensor, scale: Tensor) -> QuantizedWeight:
+        """The result, its scales quantized too if they are to be."""
+        if not self.double_quant:
+            return self._result(codes, scale, None)
+        nested = _nest(scale)
+        scale = nested.codebook[nested.codes.int()]
+        scale = scale * expand_groups(nested.absmax, (1, len(scale)), NESTED_BLOCK)[0] + nested.offset
+        return self._result(codes, scale, nested)
+
+    def _result(self, codes: Tensor, scale: Tensor, nested: NestedScale | None) -> QuantizedWeight:
         m, n = codes.shape
         return QuantizedWeight(
             codes=codes,
             scale=scale,
             zero_point=None,
-            codebook=codebook,
+            codebook=normal_float_codebook(self.bits, codes.device),
             bits=self.bits,
             group_size=self._block(n),
             shape=(m, n),
@@ -88,14 +117,14 @@ class NormalFloat:
         )
 
 
-@functools.cache
-def normal_float_codebook(bits: int) -> Tensor:
+@functools.cache  # for a copy to a GPU waits for it
+def normal_float_codebook(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the levels of NF2, NF3 or NF4, float32 [2**bits], ascending from -1 to 1.
 
     Normal quantiles at even steps of probability, one more of them above zero than below, and zero itself
     (LoftQ, arXiv 2310.08659, section 3.1; `create_normal_map` in its code).
     """
-    return torch.tensor(NF4, dtype=torch.float32) if bits == 4 else construct_codebook(bits)
+    return (torch.tensor(NF4, dtype=torch.float32) if bits == 4 else construct_codebook(bits)).to(device)
 
 
 def construct_codebook(bits: int) -> Tensor:
@@ -109,7 +138,7 @@ def construct_codebook(bits: int) -> Tensor:
 
 
 @functools.cache
-def dynamic_codebook() -> Tensor:
+def dynamic_codebook(device: torch.device | str = "cpu") -> Tensor:
     """Return the signed 8-bit "dynamic" levels that bitsandbytes stores scales with, float32 [256], ascending.
 
     Seven decades, each twice as finely divided as the one below it (8-bit optimizers, arXiv 2110.02861, section 2.1);
@@ -120,7 +149,7 @@ def dynamic_codebook() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
 def _blockwise(flat: Tensor, bits: int, g: int) -> tuple[Tensor, Tensor]:
@@ -162,6 +191,6 @@ def _nest(scale: Tensor) -> NestedScale:
     # bitsandbytes looks a value up in a table of 65,536 steps, and takes the lowest code in a block of zeros. The steps
     # move about one code in 600, to its neighbour; the zeros dequantize to zero all the same.
     x = -1 + 2 * ((x + 1) * 0.5 * 65535 + 0.5).floor_() / 65535
-    levels = dynamic_codebook().to(scale.device)
+    levels = dynamic_codebook(scale.device)
     codes = torch.bucketize(x, (levels[:-1] + levels[1:]) * 0.5).to(torch.uint8).where(absmax[:, None] > 0, 0)
     return NestedScale(codes.view(-1)[: len(scale)].clone(), absmax, levels, offset)

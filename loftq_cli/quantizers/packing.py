@@ -34,9 +34,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for some in _chunks(codes):
         chunk = _flat(pad(codes[some], (0, -n % 8)) if n % 8 else codes[some])
         lanes = _press(chunk.view(torch.int64), bits).view(torch.uint8)
-        stream = lanes.view(-1, 8)[:, :bits].reshape(len(packed[some]), -1)
-        # a row may end inside a word, and the last lane of eight codes outside it
-        packed[some] = pad(stream, (0, 4 * words - stream.shape[1]))
+        stream = lanes.view(len(packed[some]), -1, 8)[:, :, :bits]
+        if stream.numel() == packed[some].numel():
+            packed[some].view(stream.shape).copy_(stream)
+        else:  # a row may end inside a word, and the last lane of eight codes outside it
+            stream = stream.flatten(1)
+            packed[some] = pad(stream, (0, 4 * words - stream.shape[1]))
     return packed.view(torch.int32)
 
 
@@ -73,6 +76,8 @@ def pack_nibbles(codes: Tensor) -> Tensor:
         uint8 [ceil(m * n / 2), 1]; an odd count is filled up with code 7, as bitsandbytes does (it pads the weight
         with 0, and 7 is NF4's code for 0).
     """
+    if codes.is_meta:
+        return codes.new_empty(math.ceil(codes.numel() / 2), 1)
     flat = _flat(codes)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_full((1,), 7)])

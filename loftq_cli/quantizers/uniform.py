@@ -17,18 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels import fused_uniform_search
-from loftq_cli.quantizers.base import QuantizedWeight
+from loftq_cli.kernels import WIDEST, WIDEST_WITH_PRODUCT, fused
+from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 
-# Weights per chunk. On a CPU a chunk's buffers should stay in the cache, where a pass over them costs 0.06 ns per
-# weight rather than 0.2; on a GPU a chunk must be large enough to hide the launches.
-CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
-
 LOWEST_SHARE = {2: 0.35, 3: 0.4, 4: 0.55, 8: 0.9}  # of the covering scale, that 64 Gaussian weights may want
 TIE = 1 + 1e-5  # an error must be smaller by this to count, so that the last bit of a sum decides nothing
-WIDEST_FUSED = 4096  # longer groups do not fit the registers of one program
 FINE_STEP = 0.02  # of the last, local round, relative to the scale
 
 
@@ -51,6 +46,10 @@ class Uniform:
     def quantize(self, W: Tensor) -> QuantizedWeight:
         """Quantize `W` [m, n]. A group whose scale is beyond fp16 dequantizes to inf or NaN, never to a silent clip."""
         m, n = W.shape
+        if W.is_cuda:
+            done = self._fused(W[None], None, None, None)
+            if done is not None:
+                return done[0]
         result = self._allocate(m, n, W.device)
         assert result.zero_point is not None
         g, groups = result.group_size, result.scale.shape[1]
@@ -60,7 +59,7 @@ class Uniform:
             # Padding with zeros cannot move a result: zero lies on every grid, so it costs no error, and it adds
             # nothing to the two sums of the least-squares scale.
             w = torch.nn.functional.pad(W[chunk].float(), (0, groups * g - n)).reshape(-1, g)
-            codes, scale, zero_point = _search(w, self.bits, self.symmetric)
+            codes, scale, zero_point = search(w, self.bits, self.symmetric)
             result.codes[chunk] = codes.view(-1, groups * g)[:, :n]
             result.scale[chunk] = scale.view(-1, groups)
             result.zero_point[chunk] = zero_point.view(-1, groups)
@@ -70,17 +69,55 @@ class Uniform:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
         return self._allocate(m, n, torch.device("meta"))
 
+    def fused_residual(
+        self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None
+    ) -> tuple[QuantizedWeight, Tensor] | None:
+        """`quantize_residual` in one kernel, on CUDA; None where there is none for it."""
+        return self._fused(W, lora_A, lora_B, self.dtype)
+
+    def _fused(
+        self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, values: torch.dtype | None
+    ) -> tuple[QuantizedWeight, Tensor] | None:
+        n = W.shape[2]
+        g = n if self.group_size == -1 else self.group_size
+        kernels = fused() if g <= (WIDEST if lora_A is None else WIDEST_WITH_PRODUCT) else None
+        if kernels is None:
+            return None
+        shares = coarse_shares(self.bits, g)
+        codes, scale, zero_point, residual = kernels.uniform(
+            W,
+            lora_A,
+            lora_B,
+            self.bits,
+            self.symmetric,
+            g,
+            shares,
+            sum(share >= LOWEST_SHARE[self.bits] for share in shares),
+            TIE,
+            (1 - FINE_STEP, 1 + FINE_STEP),
+            values,
+        )
+        return self._result(codes, scale, zero_point, g), residual
+
     def _allocate(self, m: int, n: int, device: torch.device) -> QuantizedWeight:
         g = n if self.group_size == -1 else self.group_size
         groups = -(-n // g)
+        return self._result(
+            torch.empty(m, n, dtype=torch.uint8, device=device),
+            torch.empty(m, groups, dtype=torch.float16, device=device),
+            torch.empty(m, groups, dtype=torch.uint8, device=device),
+            g,
+        )
+
+    def _result(self, codes: Tensor, scale: Tensor, zero_point: Tensor, g: int) -> QuantizedWeight:
         return QuantizedWeight(
-            codes=torch.empty(m, n, dtype=torch.uint8, device=device),
-            scale=torch.empty(m, groups, dtype=torch.float16, device=device),
-            zero_point=torch.empty(m, groups, dtype=torch.uint8, device=device),
+            codes=codes,
+            scale=scale,
+            zero_point=zero_point,
             codebook=None,
             bits=self.bits,
             group_size=g,
-            shape=(m, n),
+            shape=(codes.shape[0], codes.shape[1]),
             dtype=self.dtype,
             symmetric=self.symmetric,
         )
@@ -95,16 +132,6 @@ class UniformSymmetric(Uniform):
     """
 
     symmetric: ClassVar[bool] = True
-
-
-def _search(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the fused kernel where there is one for this device and width, else its torch twin."""
-    fused = fused_uniform_search() if w.is_cuda and w.shape[1] <= WIDEST_FUSED else None
-    if fused is None:
-        return search(w, bits, symmetric)
-    shares = coarse_shares(bits, w.shape[1])
-    full_shares = sum(share >= LOWEST_SHARE[bits] for share in shares)
-    return fused(w, bits, symmetric, shares, full_shares, TIE, (1 - FINE_STEP, 1 + FINE_STEP))
 
 
 def search(w: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

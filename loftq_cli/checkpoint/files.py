@@ -1,0 +1,103 @@
+"""Whole small files: written under a temporary name, flushed to the disk, renamed; hashed on the way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loftq_cli.checkpoint.reader import CHUNK_BYTES
+from loftq_cli.errors import LoftqError
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file whole, or not at all; returns its sha256 in hex."""
+    return _replace_whole(path, [data])
+
+
+def copy_file(source: Path, destination: Path) -> str:
+    """Copy a file whole, or not at all (what a link points to, not the link); returns its sha256 in hex."""
+    return _replace_whole(destination, _chunks(source))
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    sha = hashlib.sha256()
+    for chunk in _chunks(path):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _replace_whole(path: Path, chunks: Iterable[bytes]) -> str:
+    sha, temporary = hashlib.sha256(), path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+                    sha.update(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    return sha.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
+
+
+def allocate(path: Path, file_bytes: int, final: Path) -> None:
+    """Make the file `path`, to become `final`, in its full size; refuse when there is no room for it."""
+    free = shutil.disk_usage(path.parent).free
+    if free < file_bytes:  # asked first: allocating would fill the disk before it fails
+        raise _disk_full(final, file_bytes, free)
+    with path.open("xb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, file_bytes)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                path.unlink()
+                raise _disk_full(final, file_bytes, shutil.disk_usage(path.parent).free) from error
+            stream.truncate(file_bytes)  # not on this system, or not on this file system
+
+
+def _disk_full(final: Path, file_bytes: int, free: int) -> LoftqError:
+    missing = f", {file_bytes - free} bytes too few" if free < file_bytes else " (a quota or a limit on file sizes?)"
+    return LoftqError(
+        f"no room for `{final}`: it takes {file_bytes} bytes, {free} are free{missing}",
+        "free the space or write to another disk; with `--resume` the run goes on from here",
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a crash of the machine."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename needs no flush
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error of the operating system that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free the space or write to another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise LoftqError(f"cannot write `{path}`: {error.strerror or error}", hint) from error

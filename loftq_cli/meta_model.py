@@ -1,0 +1,118 @@
+"""The model that a config.json describes, built by transformers on the meta device, and what loads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from loftq_cli.checkpoint.source import Checkpoint
+
+# (Auto class, its table in transformers, PEFT task type where PEFT's wrapper passes the model only arguments it has)
+AUTO_CLASSES = (
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "CAUSAL_LM"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM"),
+    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", None),
+    # with their task types PEFT would want the head's weights in the adapter
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", None),
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", None),
+    ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", None),
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", None),
+    ("AutoModel", "MODEL_MAPPING_NAMES", "FEATURE_EXTRACTION"),
+)
+
+RANDOM = (torch.rand, torch.randn)
+DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_)
+RANGES = (torch.arange, torch.linspace)
+
+
+class UnknownModelError(Exception):
+    """A model type that transformers does not have."""
+
+
+def build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
+    """Build the model that config.json describes, on the meta device: modules and shapes without memory.
+
+    Args:
+        checkpoint: only its config is used, and with `trust_remote_code` its Python files.
+        trust_remote_code: run those.
+        light: see `_Light`; the modules and shapes are the same.
+    """
+    with _quiet():
+        return _build(checkpoint, trust_remote_code, light)
+
+
+def _build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    source = checkpoint.config
+    if trust_remote_code and "auto_map" in source:
+        arguments = {"revision": checkpoint.revision, "trust_remote_code": True}
+        config = transformers.AutoConfig.from_pretrained(checkpoint.model, **arguments)
+        auto = next(name for name, _, _ in AUTO_CLASSES if name in source["auto_map"])
+        with torch.device("meta"):
+            return getattr(transformers, auto).from_config(config, trust_remote_code=True)
+    if source.get("model_type") not in CONFIG_MAPPING:
+        hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
+        raise UnknownModelError(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
+    config = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
+    architecture = (source.get("architectures") or ["?"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise LookupError(f"it has no class `{architecture}`, which config.json names under `architectures`")
+    with torch.device("meta"), _Light() if light else nullcontext():
+        return model_class(config)
+
+
+class _Light(TorchFunctionMode):
+    """Build without the operators that torch has in Python for the meta device: their first call imports sympy.
+
+    Initial values are not drawn, as there is no memory for them; ranges, from which rotary tables are computed, are
+    real tensors.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        drawing = function in DRAWING or getattr(function, "__module__", "") == "torch.nn.init"
+        if drawing and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
+        if function in RANDOM:
+            function = torch.empty
+        if function in RANGES and kwargs.get("device") is None:
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+def find_auto_class(architecture: str, main_input_name: str, config: dict[str, Any]) -> tuple[str, str | None]:
+    """The Auto class that loads `architecture`, and the task type for PEFT."""
+    from transformers.models.auto import modeling_auto
+
+    for auto_class, table, task_type in AUTO_CLASSES:
+        names = getattr(modeling_auto, table, {}).values()
+        if any(architecture == entry or (isinstance(entry, tuple) and architecture in entry) for entry in names):
+            text_only = main_input_name == "input_ids" and not {"vision_config", "audio_config"} & config.keys()
+            return auto_class, task_type if text_only else None
+    return architecture, None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep optional packages that transformers imports from talking on stderr."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,187 @@
+"""The scripts that measure: what they make is a checkpoint, and what they print can be read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from scripts import bench, make_checkpoint
+from tests.conftest import TINY_LLAMA
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def small_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "small-7b"
+    make_checkpoint.make("llama-2-7b", out, layers=3, scale_down=32, shard_bytes=10**6, device="cpu")
+    return out
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return tensors
+
+
+def test_the_checkpoint_loads(small_7b: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(small_7b, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (model.dtype, model.config.num_hidden_layers) == (torch.bfloat16, 3)
+    norm, weight = model.model.norm.weight, model.model.layers[1].mlp.up_proj.weight.float()
+    assert (norm == 1).all()
+    assert weight.std() > 0.02  # heavier tails than a Gaussian's
+    assert weight.abs().max() > 8 * weight.abs().median()
+
+
+def test_index_and_shards_say_the_same(small_7b: Path) -> None:
+    index = json.loads((small_7b / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in small_7b.glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 1
+    found = {}
+    for name in files:
+        with safe_open(small_7b / name, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), name)
+        assert (small_7b / name).stat().st_size < 1.1 * 10**6
+    assert found == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in read(small_7b).values())
+    assert not list(small_7b.parent.glob("*.partial"))
+
+
+def test_the_seed_decides(small_7b: Path, tmp_path: Path) -> None:
+    for seed, workers in ((0, 1), (1, 3)):
+        make_checkpoint.make("llama-2-7b", tmp_path / str(seed), 1, 32, seed, device="cpu", workers=workers)
+    first, same, other = read(small_7b), read(tmp_path / "0"), read(tmp_path / "1")
+    assert all(torch.equal(first[name], same[name]) for name in same)
+    assert not torch.equal(same["lm_head.weight"], other["lm_head.weight"])
+    assert not torch.equal(same["lm_head.weight"], same["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "files", "total", "name"),
+    [  # as the index on the Hub says
+        ("llama-2-7b", 2, 13_476_831_232, "model.layers.31.mlp.down_proj.weight"),
+        ("llama-3-70b", 30, 141_107_412_992, "model.layers.79.self_attn.k_proj.weight"),
+        ("mixtral-8x7b", 19, 93_405_585_408, "model.layers.31.block_sparse_moe.experts.7.w1.weight"),
+        ("qwen3-30b-a3b", 16, 61_064_245_248, "model.layers.47.mlp.experts.127.gate_proj.weight"),
+    ],
+)
+def test_names_and_shards_are_the_hubs(shape: str, files: int, total: int, name: str) -> None:
+    tensors = make_checkpoint.tensors_of(make_checkpoint.make_config(shape, None, 1))
+    size = make_checkpoint.SHARD_BYTES.get(shape, make_checkpoint.DEFAULT_SHARD_BYTES)
+    assert len(make_checkpoint.split(tensors, size)) == files
+    assert 2 * sum(tensor.count for tensor in tensors) == total
+    assert name in {tensor.name for tensor in tensors}
+
+
+def test_any_config_and_tied_embeddings(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True, **TINY_LLAMA}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_checkpoint.make(str(tmp_path / "config.json"), tmp_path / "out", scale_down=2, device="cpu")
+    tensors = read(tmp_path / "out")
+    assert "lm_head.weight" not in tensors
+    assert tensors["model.embed_tokens.weight"].shape == (256, 64)
+    with pytest.raises(SystemExit, match="exists"):
+        make_checkpoint.make("moe", tmp_path / "out")
+
+
+def test_io_floor_moves_all_bytes(small_7b: Path, tmp_path: Path) -> None:
+    sizes = [17 << 20, 0, 5]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "io_floor.py"),
+        str(small_7b),
+        str(tmp_path / "scratch"),
+        "--device",
+        "cpu",
+    ]
+    output = subprocess.check_output([*command, "--threads", "3", "--write", *map(str, sizes)], text=True)
+    result = json.loads(output)
+    assert result["read_bytes"] == sum(path.stat().st_size for path in small_7b.glob("*.safetensors"))
+    assert [(tmp_path / "scratch" / str(i)).stat().st_size for i in range(3)] == sizes
+    assert result["seconds"] >= result["start_seconds"] + result["read_seconds"] > 0
+
+
+def test_io_floor_fails_aloud(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    command = [
+        sys.executable,
+        str(SCRIPTS / "io_floor.py"),
+        str(tmp_path),
+        str(tmp_path / "scratch"),
+        "--device",
+        "cpu",
+    ]
+    assert subprocess.run(command, capture_output=True).returncode != 0
+
+
+def test_full_svd_loop_stops_in_time() -> None:
+    from loftq_cli.quantizers import QUANTIZERS
+
+    torch.manual_seed(0)
+    W, quantizer = torch.randn(64, 128), QUANTIZERS["uniform"](bits=2, group_size=64)
+    whole = bench.full_svd_loop(W, quantizer, 8, 3)
+    assert whole.rounds == 3
+    assert 0 < (W - whole.approximation).norm() < W.norm()
+    for options in ({"limit": 0.0}, {"rounds": 1}):
+        part = bench.full_svd_loop(W, quantizer, 8, 3, **options)
+        assert (part.approximation, part.rounds) == (None, 1)
+        assert part.seconds > part.svd_seconds > 0
+
+
+def test_a_row_of_another_model_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_7b: Path) -> None:
+    """`bench.py quantize` without its runs: rows, floors and ratios, saved after every step."""
+    quantize = bench.bench_quantize
+    monkeypatch.setattr("bench_common.RESULTS", tmp_path)
+    monkeypatch.setattr("bench_common.HERE", tmp_path)
+    tensor = "model.layers.0.mlp.up_proj.weight"
+
+    def run(command: list[str], out: Path, warm_up: int, runs: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        out.mkdir(exist_ok=True)
+        (out / "file").write_bytes(b"12345")
+        totals = {
+            "weights": 1, "bits_per_weight": 2.3, "relative_error": 0.3, "peak_device_bytes": 0,
+            "seconds": {"total": 1.0, "quantize": 0.5, "low_rank": 0.25},
+        }  # fmt: skip
+        config = {"bits": 2, "rank": 16, "iters": 5, "format": "gptq"}
+        weights = [{"tensor": tensor, "relative_error": 0.3, "norm": 2.0}]
+        report = {"totals": totals, "config": config, "weights": weights, "files": {"a": str(len(command))}}
+        return {"wall": 2.0, "VmHWM": 1, "RssAnon": 1, "walls": {"timed": [2.0]}}, report
+
+    monkeypatch.setattr(quantize, "timed_quantize", run)
+    monkeypatch.setattr(quantize, "io_floor", lambda model, sizes, scratch: {"wall": sum(sizes) / 5})
+    shape = {"shape": [1, 1], "weights": 1, "seconds": 7.0, "timed": [{"tensor": tensor, "error": 0.2}]}
+    monkeypatch.setattr(quantize, "full_svd_shapes", lambda *arguments: iter([shape]))
+    for model, nproc in (("small-7b", [1]), ("other", [1, 2]), ("small-7b", [1])):
+        options = {"out": None, "runs": 1, "warm_up": 0, "svd": True, "svd_rounds": 1, "svd_seconds": 1.0}
+        folder = small_7b.with_name(model)
+        quantize.quantize(folder, bits=2, rank=16, iters=5, nproc=nproc, per_shape=1, **options)
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["model"], row["processes"]) for row in rows] == [("other", 1), ("other", 2), ("small-7b", 1)]
+    assert [row["files that differ from the first row's"] for row in rows] == [[], ["a"], []]
+    assert rows[2]["wall / floor"] == 2
+    assert rows[2]["error ratio"] == pytest.approx(1.5)
+    assert "| 7 | 1.5000 |" in bench.table_row(rows[2], bench.COLUMNS["quantize"])
+
+
+def test_memory_of_a_process_and_its_children() -> None:
+    child = "import time; x = bytearray(64 << 20); time.sleep(0.4)"
+    parent = f"import subprocess, sys, time; time.sleep(0.2); subprocess.run([sys.executable, '-c', {child!r}])"
+    parent += "; time.sleep(1)"
+    result = bench.bench_quantize.run_process([sys.executable, "-c", f"{child}; {parent}"])
+    assert 64 << 20 <= result["RssAnon"] <= result["VmHWM"] < 256 << 20
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        bench.bench_quantize.run_process([sys.executable, "-c", "raise SystemExit(3)"])

@@ -1,0 +1,111 @@
+"""Reading ahead, batches, and what happens where a GPU's memory is too small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loftq_cli import pipeline
+from loftq_cli.checkpoint import loader
+from loftq_cli.checkpoint.loader import Loader, ahead
+from loftq_cli.checkpoint.reader import read_header
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.errors import LoftqError
+from loftq_cli.jobs import make_batches
+from loftq_cli.plan import Plan
+from loftq_cli.verify import verify
+
+OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32}
+
+
+def test_loaded_in_pieces_is_what_the_file_holds(
+    sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PIECE_BYTES", 1000)
+    source = Loader(torch.device("cpu"))
+    for path in sharded_llama.glob("*.safetensors"):
+        expected = load_file(path)
+        infos = read_header(path).tensors
+        for name, info in infos.items():
+            weights, seconds = source.load([(path, info), (path, info)]).wait()
+            assert torch.equal(weights, torch.stack([expected[name]] * 2))
+            assert seconds > 0
+    cut = tmp_path / path.name
+    cut.write_bytes(path.read_bytes()[: info.offset + 10])
+    with pytest.raises(LoftqError, match="ends inside tensor"):
+        source.load([(cut, info)]).wait()
+    source.close()
+
+
+def test_ahead_begins_so_many_and_keeps_the_order() -> None:
+    begun: list[int] = []
+    for number, (item, result) in enumerate(ahead(range(5), lambda i: begun.append(i) or i * i, depth=2)):
+        assert (item, result) == (number, number * number)
+        assert begun == list(range(min(5, number + 3)))
+
+
+def plan(model: Path, **options: object) -> Plan:
+    return pipeline.plan_quantize(str(model), QuantizeConfig(**{**OPTIONS, **options}, device="cpu"))
+
+
+def test_batches_hold_like_weights_whole_and_once(sharded_llama: Path) -> None:
+    jobs = plan(sharded_llama, bits_for={"*.k_proj": 4}, format="dense").jobs
+    for elements in (0, 10_000, 20_000, 1 << 30):
+        batches = make_batches(jobs, lambda job: True, elements)
+        assert sorted(job.tensor for batch in batches for job in batch.jobs) == sorted(job.tensor for job in jobs)
+        for batch in batches:
+            assert len({(job.shape, job.bits) for job in batch.jobs}) == 1
+            assert len(batch.jobs) == 1 or batch.parameters <= elements
+    assert {len(batch.jobs) for batch in make_batches(jobs, lambda job: False, 1 << 30)} == {1}
+    assert max(len(batch.jobs) for batch in batches) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "quantizer": "nf"}, {"method": "qlora"}], ids=str)
+def test_in_batches_the_result_is_the_same_but_for_the_order_of_sums(
+    sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    alone = pipeline.quantize(sharded_llama, tmp_path / "alone", **{**OPTIONS, **options, "device": "cpu"})
+    monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 1 << 16})
+    made = plan(sharded_llama, **options)
+    batches = [step for shard in made.shards for step in shard.steps if hasattr(step, "jobs")]
+    assert max(len(batch.jobs) for batch in batches) > 1
+    together = pipeline.run_plan(made, tmp_path / "together")
+    assert verify(tmp_path / "together", str(sharded_llama)).violations == ()
+    for one, other in zip(alone["weights"], together["weights"], strict=True):
+        assert one["name"] == other["name"]
+        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=2e-3)
+    assert alone["totals"]["relative_error"] == pytest.approx(together["totals"]["relative_error"], rel=2e-4)
+
+
+def test_too_little_gpu_memory_means_smaller_pieces_and_then_the_cpu(
+    sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Played on a CPU: batches of two and one weight do not fit `the GPU`."""
+    monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 1 << 16})
+    original, tried = pipeline.quantize_batch, []
+
+    def small(plan: Plan, batch: object, weights: torch.Tensor) -> object:
+        tried.append(len(weights))
+        if len(weights) > 1 or (batch.jobs[0].tensor.endswith("down_proj.weight") and tried.count(1) % 2):
+            raise torch.OutOfMemoryError
+        return original(plan, batch, weights)
+
+    monkeypatch.setattr(pipeline, "quantize_batch", small)
+    loads, load = [], Loader.load
+
+    def full(self: Loader, tensors: object, *device: torch.device) -> object:
+        loads.append(device)
+        if len(loads) < 3:
+            raise torch.OutOfMemoryError
+        return load(self, tensors, *device)
+
+    monkeypatch.setattr(Loader, "load", full)
+    out = tmp_path / "out"
+    report = pipeline.quantize(sharded_llama, out, device="cpu", **OPTIONS)
+    assert loads[:4] == [(), (), (torch.device("cpu"),), ()]
+    assert max(tried) > 1
+    assert tried.count(1) > report["totals"]["weights"]  # some were tried twice
+    assert verify(out, str(sharded_llama)).violations == ()
