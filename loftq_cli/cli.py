@@ -48,7 +48,15 @@ QUANTIZATION, ADAPTER, INPUT, OUTPUT, HARDWARE = "Quantization", "Adapter", "Inp
 def main() -> None:
     """Entry point of the `loftq` script."""
     lean.claim_process()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        torch = sys.modules.get("torch")
+        if isinstance(end.code, int) and torch is not None and torch.cuda.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)  # nothing is left to do, and a GPU's context takes a third of a second to take apart
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -173,9 +181,10 @@ def quantize(
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
+        from loftq_cli.lanes import wake
 
         if not dry_run:
-            pipeline.wake(pipeline.resolve_device(options.device))
+            wake(pipeline.resolve_device(options.device), options)
         plan = pipeline.plan_quantize(model, options)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)

@@ -7,14 +7,50 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.loader import GPU_THREADS, PIECE_BYTES
+from loftq_cli.config import QuantizeConfig
+from loftq_cli.methods import METHODS
+from loftq_cli.quantizers import QUANTIZERS
+
 LANES = {"cuda": 2, "cpu": 0}  # 0: a CPU is kept busy by one batch, and Ctrl-C gets through at once
-ELEMENTS = 1 << 27  # weights that are computed at once, at most; a larger one is computed alone
+ELEMENTS = 200_000_000  # weights that are computed at once, at most; a larger one is computed alone
 SWITCH_SECONDS = 2e-4  # for which a thread may make the others wait: launches must not
+
+
+_waking: threading.Thread | None = None
+
+
+def wake(device: torch.device, config: QuantizeConfig) -> None:
+    """Have a GPU get ready in the background (context, libraries, kernels), which takes as long as planning does."""
+    global _waking
+    if device.type == "cuda" and _waking is None:
+        _waking = threading.Thread(target=_get_ready, args=(device, config), daemon=True)
+        _waking.start()
+
+
+def _get_ready(device: torch.device, config: QuantizeConfig) -> None:
+    with suppress(Exception):  # where something is wrong, the run itself will meet it and say so
+        torch.cuda.set_device(device)
+        kept = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2 * GPU_THREADS)]
+        del kept  # torch keeps them for the loader
+        quantizer = QUANTIZERS[config.default_quantizer()](bits=config.bits, group_size=config.group_size)
+        side = max(1024, 8 * config.rank)
+        weights = torch.ones(2, side, side, dtype=torch.bfloat16, device=device)
+        METHODS[config.method](weights, quantizer, config.rank, iters=min(2, config.iters), seeds=[0, 1])
+
+
+def _be_ready(device: torch.device) -> None:
+    """Wait for `wake`, and call the linear algebra libraries once: torch cannot load them in two threads at a time."""
+    if _waking is not None:
+        _waking.join()
+    eye = torch.eye(2, dtype=torch.float64, device=device)[None]
+    torch.linalg.solve_triangular(torch.linalg.cholesky_ex(eye).L, eye, upper=False)
+    torch.linalg.eigh(eye)
 
 
 class Lanes:
@@ -61,6 +97,7 @@ class Lanes:
     def __enter__(self) -> Lanes:
         self._interval = sys.getswitchinterval()
         if self._count > 1:
+            _be_ready(self._device)
             sys.setswitchinterval(SWITCH_SECONDS)
         return self
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -31,8 +30,7 @@ from loftq_cli.journal import (
     check_out,
     claimed,
 )
-from loftq_cli.kernels import fused
-from loftq_cli.lanes import Lanes
+from loftq_cli.lanes import Lanes, wake
 from loftq_cli.lowrank import full_precision
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import (
@@ -88,7 +86,7 @@ def quantize(
         LoftqError: anything that stops the run; what is done stays in `out` for `resume`.
     """
     config = config or build_config(options)
-    wake(resolve_device(config.device))
+    wake(resolve_device(config.device), config)
     plan = plan_quantize(str(model), config)
     return run_plan(plan, Path(out), resume=resume, overwrite=overwrite, progress=progress)
 
@@ -204,22 +202,6 @@ def _compute(plan: Plan, batch: WeightBatch, loading: Loading, outputs: Outputs,
 def _make_room(outputs: Outputs) -> None:
     outputs.drain()
     torch.cuda.empty_cache()
-
-
-def wake(device: torch.device) -> None:
-    """Have a GPU get ready in the background (context, libraries, kernels): it takes as long as planning does."""
-
-    def get_ready() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            small = torch.eye(32, dtype=torch.float64, device=device).expand(2, 32, 32).contiguous()
-            torch.linalg.solve_triangular(torch.linalg.cholesky_ex(small).L, small, upper=False)
-            torch.linalg.eigh(small)
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.baddbmm(small.to(dtype), small.to(dtype), small.to(dtype))
-            fused()
-
-    threading.Thread(target=get_ready, daemon=True).start()
 
 
 def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device: torch.device) -> dict[str, Any]:

@@ -41,7 +41,7 @@ FINGERPRINT_KEY = "loftq_base_sha256"
 
 
 # On a GPU small weights are computed together, or launches would decide; a CPU has nothing to gain from it.
-BATCH_ELEMENTS = {"cuda": 1 << 26}
+BATCH_ELEMENTS = {"cuda": 100_000_000}
 
 Step = WeightBatch | TensorInfo  # a TensorInfo is copied verbatim
 

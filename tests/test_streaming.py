@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.jobs import make_batches
+from loftq_cli.lanes import ELEMENTS, Lanes
 from loftq_cli.plan import Plan
 from loftq_cli.verify import verify
 
@@ -45,6 +48,25 @@ def test_ahead_begins_so_many_and_keeps_the_order() -> None:
     for number, (item, result) in enumerate(ahead(range(5), lambda i: begun.append(i) or i * i, depth=2)):
         assert (item, result) == (number, number * number)
         assert begun == list(range(min(5, number + 3)))
+
+
+def test_large_weights_are_computed_alone() -> None:
+    lanes, together, most = Lanes(torch.device("cpu")), [0], [0]
+
+    def compute(elements: int) -> None:
+        with lanes.room(elements):
+            together[0] += elements
+            most[0] = max(most[0], together[0])
+            time.sleep(0.002)
+            together[0] -= elements
+
+    half = ELEMENTS // 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(compute, [half, half, 10 * half, half, half // 2, 3 * half, half] * 3))
+    assert half < most[0] <= 10 * half
+    assert together[0] == 0
+    with lanes.room():  # all of it is free again
+        pass
 
 
 def plan(model: Path, **options: object) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from loftq_cli.lowrank import LowRankFactors, top_r
 from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
 from loftq_cli.methods.qlora import zero_start
-from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, quantize_residual
+from loftq_cli.quantizers.base import Quantizer, quantize_residual
 
 
 def loftq(
@@ -23,27 +23,23 @@ def loftq(
     quantization is exact, the result is QLoRA's start. So it is where something is not finite, which no comparison
     calls better.
 
-    The best is chosen on the device, which nothing here waits for. B A being a projection of the residual, the squared
-    error is the residual's less that of B A.
+    B A being a projection of the residual, the squared error is the residual's less that of B A. It is read in every
+    round, right after the low-rank step, which has waited for the device anyway.
     """
     start = zero_start(W, rank, seeds)
     with timed("quantize"):
         quantized, residual = quantize_residual(quantizer, W)
-    energy = least = squared_norm(residual)
+    energy = squared_norm(residual)
     best = Decomposition(quantized, start, start, torch.zeros(len(W), dtype=torch.int64, device=W.device))
-    subspace = None
+    least, subspace = energy.tolist(), None
     for iteration in range(1, iters + 1):
         with timed("low_rank"):
             factors, subspace = top_r(residual, rank, seeds=seeds, start=subspace)
-        error = energy - factors.energy
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Decomposition(
-            _chosen_codes(better, quantized, best.quantized),
-            _chosen(better, factors, best.factors),
-            start,
-            best.iterations.masked_fill(better, iteration),
-        )
+        errors = (energy - factors.energy).tolist()
+        better = [error < other for error, other in zip(errors, least, strict=True)]
+        least = [error if yes else other for error, other, yes in zip(errors, least, better, strict=True)]
+        now = Decomposition(quantized, factors, start, torch.full_like(best.iterations, iteration))
+        best = now if all(better) else _chosen(torch.tensor(better), now, best) if any(better) else best
         if iteration < iters:
             with timed("quantize"):
                 quantized, residual = quantize_residual(quantizer, W, factors.lora_A, factors.lora_B)
@@ -51,39 +47,23 @@ def loftq(
     return replace(best, factors=_with_live_rows(best.factors, start))
 
 
-def _select(better: Tensor, ours: Tensor, other: Tensor) -> Tensor:
-    """Take `ours` for the weights of the batch where `better` [B], for any tensor that has their parts in turn."""
-    batch = len(better)
-    return torch.where(better[:, None], ours.reshape(batch, -1), other.reshape(batch, -1)).view_as(ours)
+def _chosen(better: Tensor, now: Decomposition, best: Decomposition) -> Decomposition:
+    """Take the weights of the batch where `better` [B] from `now`, the others from `best`."""
+    mask = better.to(now.iterations.device)
 
+    def select(ours: object, other: object) -> object:
+        """For any tensor that has the weights' parts one after the other, and all that such tensors are fields of."""
+        if isinstance(ours, Tensor) and isinstance(other, Tensor):
+            flat = torch.where(mask[:, None], ours.reshape(len(mask), -1), other.reshape(len(mask), -1))
+            return flat.view_as(ours)
+        if is_dataclass(ours) and not isinstance(ours, type):
+            parts = {f.name: getattr(ours, f.name) for f in fields(ours) if f.name != "codebook"}  # that is constant
+            return replace(ours, **{name: select(part, getattr(other, name)) for name, part in parts.items()})
+        return ours
 
-def _chosen(better: Tensor, ours: LowRankFactors, other: LowRankFactors) -> LowRankFactors:
-    return LowRankFactors(
-        _select(better, ours.lora_A, other.lora_A),
-        _select(better, ours.lora_B, other.lora_B),
-        torch.where(better, ours.energy, other.energy),
-    )
-
-
-def _chosen_codes(better: Tensor, ours: QuantizedWeight, other: QuantizedWeight) -> QuantizedWeight:
-    """As `_select`, for all that is stored; the codebooks are constant."""
-    zero_point, nested = ours.zero_point, ours.nested
-    if zero_point is not None and other.zero_point is not None:
-        zero_point = _select(better, zero_point, other.zero_point)
-    if nested is not None and other.nested is not None:
-        nested = replace(
-            nested,
-            codes=_select(better, nested.codes, other.nested.codes),
-            absmax=_select(better, nested.absmax, other.nested.absmax),
-            offset=_select(better, nested.offset, other.nested.offset),
-        )
-    return replace(
-        ours,
-        codes=_select(better, ours.codes, other.codes),
-        scale=_select(better, ours.scale, other.scale),
-        zero_point=zero_point,
-        nested=nested,
-    )
+    chosen = select(now, best)
+    assert isinstance(chosen, Decomposition)
+    return chosen
 
 
 def _with_live_rows(factors: LowRankFactors, start: LowRankFactors) -> LowRankFactors:
