@@ -15,10 +15,10 @@ import torch
 from loftq_cli.checkpoint.loader import GPU_THREADS, PIECE_BYTES
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.methods import METHODS
+from loftq_cli.plan import GPU_ELEMENTS
 from loftq_cli.quantizers import QUANTIZERS
 
 LANES = {"cuda": 2, "cpu": 0}  # 0: a CPU is kept busy by one batch, and Ctrl-C gets through at once
-ELEMENTS = 200_000_000  # weights that are computed at once, at most; a larger one is computed alone
 SWITCH_SECONDS = 2e-4  # for which a thread may make the others wait: launches must not
 
 
@@ -64,7 +64,7 @@ class Lanes:
         self._count = LANES[device.type]
         self._pool = ThreadPoolExecutor(max(1, self._count), "loftq-compute")
         self._running: deque[Future[None]] = deque()
-        self._free, self._changed = ELEMENTS, threading.Condition()
+        self._free, self._changed = GPU_ELEMENTS, threading.Condition()
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
         """Do `work` once a lane is free; raises what earlier work has raised."""
@@ -81,9 +81,9 @@ class Lanes:
             self._running.popleft().result()
 
     @contextmanager
-    def room(self, elements: int = ELEMENTS) -> Iterator[None]:
+    def room(self, elements: int = GPU_ELEMENTS) -> Iterator[None]:
         """Take a share of the device's memory; by default all of it, so that nothing else is computed meanwhile."""
-        share = min(elements, ELEMENTS)
+        share = min(elements, GPU_ELEMENTS)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= share)
             self._free -= share

@@ -33,8 +33,12 @@ from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import find_targets
 
-RUNTIME_BYTES = 450 << 20  # Python with torch and transformers imported, measured on Linux
-WORKING_COPIES = 12  # float32 copies of the largest weight alive at once in the loop, measured by scripts/bench.py
+# Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
+# libraries; float32 copies of the largest weight alive at once on a CPU; bytes on a GPU per weight computed at once.
+RUNTIME_BYTES, GPU_RUNTIME_BYTES = 450 << 20, 2 << 30
+WORKING_COPIES = 12
+GPU_BYTES_PER_WEIGHT = 21
+GPU_ELEMENTS = 200_000_000  # weights that are computed at once on a GPU, at most; a larger one is computed alone
 ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
@@ -80,10 +84,7 @@ class Plan:
     rank = property(lambda self: self.config.rank)
     alpha = property(lambda self: self.config.alpha)
     rslora = property(lambda self: self.config.rslora)
-    quantizer = property(lambda self: self.config.quantizer)
-    group_size = property(lambda self: self.config.group_size)
     double_quant = property(lambda self: self.config.double_quant)
-    model_type = property(lambda self: self.checkpoint.config.get("model_type"))
 
     @property
     def block_paths(self) -> tuple[str, ...]:
@@ -118,9 +119,22 @@ class Plan:
         return file_bytes(self.adapter_layout, adapter_metadata())
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the weights are computed on a GPU."""
+        return torch.device(self.config.device).type == "cuda"
+
+    @property
     def peak_host_bytes(self) -> int:
-        """Estimated peak of host memory on the CPU: the runtime and the loop's copies of the largest weight."""
-        return RUNTIME_BYTES + WORKING_COPIES * 4 * max(math.prod(job.shape) for job in self.jobs)
+        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies of the largest weight."""
+        largest = max(math.prod(job.shape) for job in self.jobs)
+        return GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES + WORKING_COPIES * 4 * largest
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
+        batches = sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
+        together = min(GPU_ELEMENTS, sum(batches[-2:]))
+        return GPU_BYTES_PER_WEIGHT * max(batches[-1], together) if self.on_gpu else 0
 
     def make_quantizer(self, job: WeightJob) -> Quantizer:
         """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""

@@ -98,7 +98,11 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             "fingerprint": plan.checkpoint.fingerprint,
         },
         "config": plan.config.model_dump(mode="json"),
-        "totals": {**plan_totals(plan), "estimated_peak_host_bytes": plan.peak_host_bytes},
+        "totals": {
+            **plan_totals(plan),
+            "estimated_peak_host_bytes": plan.peak_host_bytes,
+            "estimated_peak_device_bytes": plan.peak_device_bytes,
+        },
         "weights": [
             {
                 "name": job.module,

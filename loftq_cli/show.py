@@ -36,6 +36,7 @@ def plan(output: Out, plan: Plan, out: Path | None) -> None:
     totals, config = summary["totals"], plan.config
     rows = [(group.kind, str(group.weights), group.shapes, group.bits) for group in layer_groups(summary["weights"])]
     target = f" → {out}" if out else ""
+    device = totals["estimated_peak_device_bytes"]
     output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
     _skips(output, summary["skipped"])
     output.result(
@@ -44,6 +45,7 @@ def plan(output: Out, plan: Plan, out: Path | None) -> None:
         f"rank {config.rank}, on {config.device}\n"
         f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}, "
         f"about {size(totals['estimated_peak_host_bytes'])} of host memory"
+        + (f" and {size(device)} of device memory" if device else "")
     )
 
 

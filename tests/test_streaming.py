@@ -17,8 +17,8 @@ from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.jobs import make_batches
-from loftq_cli.lanes import ELEMENTS, Lanes
-from loftq_cli.plan import Plan
+from loftq_cli.lanes import Lanes
+from loftq_cli.plan import GPU_ELEMENTS, Plan
 from loftq_cli.verify import verify
 
 OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32}
@@ -60,7 +60,7 @@ def test_large_weights_are_computed_alone() -> None:
             time.sleep(0.002)
             together[0] -= elements
 
-    half = ELEMENTS // 2
+    half = GPU_ELEMENTS // 2
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(compute, [half, half, 10 * half, half, half // 2, 3 * half, half] * 3))
     assert half < most[0] <= 10 * half
