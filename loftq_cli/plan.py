@@ -44,8 +44,7 @@ INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
 
 
-# On a GPU small weights are computed together, or launches would decide; a CPU has nothing to gain from it.
-BATCH_ELEMENTS = {"cuda": 100_000_000}
+BATCH_ELEMENTS = {"cuda": 100_000_000}  # of small weights computed together on a GPU, where launches would decide
 
 Step = WeightBatch | TensorInfo  # a TensorInfo is copied verbatim
 
