@@ -51,10 +51,11 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        torch = sys.modules.get("torch")
-        if isinstance(end.code, int) and torch is not None and torch.cuda.is_initialized():
-            sys.stdout.flush()
-            sys.stderr.flush()
+        lanes = sys.modules.get("loftq_cli.lanes")
+        if isinstance(end.code, int) and lanes is not None and lanes.is_waking():
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(end.code)  # nothing is left to do, and a GPU's context takes a third of a second to take apart
         raise
 
@@ -174,7 +175,8 @@ def quantize(
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
         "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
     }  # fmt: skip
-    with _speaking(json, quiet, verbose) as output:
+    silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks
+    with _speaking(json, quiet, verbose, silent) as output:
         from loftq_cli.config import load_config
 
         options = load_config(config, flags)
@@ -182,6 +184,7 @@ def quantize(
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
         from loftq_cli.lanes import wake
+        from loftq_cli.ranks import joined
 
         if not dry_run:
             wake(pipeline.resolve_device(options.device), options)
@@ -193,8 +196,8 @@ def quantize(
             return
         before = (out / "loftq_report.json").exists()
         try:
-            with output.progress("quantizing", plan.weight_bytes) as advance:
-                report = pipeline.run_plan(plan, out, resume=resume, overwrite=overwrite, progress=advance)
+            with joined() as ranks, output.progress("quantizing", plan.weight_bytes // ranks.size) as advance:
+                report = pipeline.run_plan(plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks)
         except KeyboardInterrupt:
             kept = (out / ".loftq").exists()
             raise Interrupted(
@@ -240,12 +243,12 @@ def verify(
 
 
 @contextlib.contextmanager
-def _speaking(json: bool, quiet: bool, verbose: int) -> Iterator[Out]:
+def _speaking(json: bool, quiet: bool, verbose: int, silent: bool = False) -> Iterator[Out]:
     """Give the command its sink, and turn what it raises into a sentence and an exit code."""
     from loftq_cli.console import Out
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
-    output = Out(json=json, quiet=quiet, verbose=verbose, silent=os.environ.get("RANK", "0") != "0")
+    output = Out(json=json, quiet=quiet, verbose=verbose, silent=silent)
     try:
         yield output
     except typer.Exit:  # a RuntimeError: must not be taken for a failure below

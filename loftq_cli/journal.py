@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loftq_cli.checkpoint.files import write_file
+from loftq_cli.checkpoint.files import write_file, writing
 from loftq_cli.errors import LoftqError, again
 
 WORK_FOLDER = ".loftq"
@@ -80,6 +80,7 @@ class Journal:
         self.peaks: dict[str, int] = {}
         header, *lines = _read_lines(self.folder / JOURNAL_FILE) or [{}]
         self.number = header.get("number", 0)
+        self.identity = Identity(**header["identity"]) if header else None
         of_ranks = [lines]
         for path in sorted(self.folder.glob("journal.*.jsonl")):
             other, *more = _read_lines(path) or [{}]
@@ -104,15 +105,12 @@ class Journal:
         """
         self.number = secrets.randbits(53)  # not counted on: a rank that does not share OUT may hold an older journal
         header = {
-            "identity": asdict(identity),
-            "planned": planned,
-            "number": self.number,
-            "seconds": self.seconds,
-        }
+            "identity": asdict(identity), "planned": planned, "number": self.number, "seconds": self.seconds,
+        }  # fmt: skip
         written = {name: sorted(file.written) for name, file in self.files.items() if file.written}
         whole = {name: file.sha256 for name, file in self.files.items() if file.sha256}
-        state = {"written": written, "rows": list(self.rows.values()), "seconds": {}, "whole": whole}
-        state["peaks"] = self.peaks
+        rows = list(self.rows.values())
+        state = {"written": written, "rows": rows, "seconds": {}, "whole": whole, "peaks": self.peaks}
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in (header, state)).encode())
         for path in self.folder.glob("journal.*.jsonl"):
             path.unlink()
@@ -168,9 +166,10 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from loftq_cli.config import QuantizeConfig
 from loftq_cli.methods import METHODS
 from loftq_cli.plan import GPU_ELEMENTS
 from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.room import Room
 
 LANES = {"cuda": 2, "cpu": 0}  # 0: a CPU is kept busy by one batch, and Ctrl-C gets through at once
 SWITCH_SECONDS = 2e-4  # for which a thread may make the others wait: launches must not
@@ -31,6 +32,11 @@ def wake(device: torch.device, config: QuantizeConfig) -> None:
     if device.type == "cuda" and _waking is None:
         _waking = threading.Thread(target=_get_ready, args=(device, config), daemon=True)
         _waking.start()
+
+
+def is_waking() -> bool:
+    """Whether `wake` has started a GPU in this process."""
+    return _waking is not None
 
 
 def _get_ready(device: torch.device, config: QuantizeConfig) -> None:
@@ -64,7 +70,7 @@ class Lanes:
         self._count = LANES[device.type]
         self._pool = ThreadPoolExecutor(max(1, self._count), "loftq-compute")
         self._running: deque[Future[None]] = deque()
-        self._free, self._changed = GPU_ELEMENTS, threading.Condition()
+        self.room = Room(GPU_ELEMENTS)  # weights that are computed at once; all of it for what must be alone
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
         """Do `work` once a lane is free; raises what earlier work has raised."""
@@ -79,20 +85,6 @@ class Lanes:
         """Wait for all that was submitted; raises what it has raised."""
         while self._running:
             self._running.popleft().result()
-
-    @contextmanager
-    def room(self, elements: int = GPU_ELEMENTS) -> Iterator[None]:
-        """Take a share of the device's memory; by default all of it, so that nothing else is computed meanwhile."""
-        share = min(elements, GPU_ELEMENTS)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= share)
-            self._free -= share
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += share
-                self._changed.notify_all()
 
     def __enter__(self) -> Lanes:
         self._interval = sys.getswitchinterval()

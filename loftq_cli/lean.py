@@ -25,7 +25,7 @@ UNNEEDED = (
 )  # fmt: skip
 COMPILER = "torch._dynamo"
 
-_claimed = False
+_claimed, _gc_threshold = False, gc.get_threshold()
 
 
 def claim_process() -> None:
@@ -71,14 +71,14 @@ def imports() -> Iterator[None]:
     finally:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _Inert)]:
+        for name in [name for name, module in list(sys.modules.items()) if isinstance(module, _Inert)]:
             del sys.modules[name]
         if isinstance(vars(torch).get("_dynamo"), _Inert):
             del torch._dynamo  # torch imports the real one when it is asked for
         for name in hidden:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
         gc.freeze()
-        gc.set_threshold(700)
+        gc.set_threshold(*_gc_threshold)
 
 
 @contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,20 +14,22 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.reader import TensorInfo, read_chunks
-from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, file_bytes
+from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
+from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, file_bytes, is_unfinished
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.journal import WORK_FOLDER, Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
+from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, row_dict
 
 # At most about this much work is lost to a kill, beside what is in flight. Often, so that the disk is never idle and
 # little is left to flush at the end.
 COMMIT_SECONDS = 0.5
 GPU_THREADS, CPU_THREADS = 8, 1  # a hash takes 1.4 GB/s, and every byte is hashed twice
-WAITING = 2  # results that wait for a thread, at most
+WAITING_BYTES = 1 << 30  # of results and copies that are written or wait for it, at most
+COPY_BYTES = 2 * CHUNK_BYTES  # of memory that copying a tensor takes
 
 
 @dataclass
@@ -41,13 +42,47 @@ class _Pending:
     whole: dict[str, str] = field(default_factory=dict)
 
 
+def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
+    """Make the journal claim only what is really there.
+
+    To be journaled before any file is made: a fresh one has its full size, and zeros where tensors would be.
+    """
+
+    def forget(file: str, layout: Sequence[TensorSpec], metadata: dict[str, str]) -> None:
+        written = journal.file(file).written
+        if not is_unfinished(_growing(out, file), out / file, layout, metadata, written):
+            written.clear()
+
+    forget(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
+    for shard in plan.shards:
+        if not _is_whole(plan, shard, out, journal):
+            journal.file(shard.file).sha256 = None
+            forget(shard.file, shard.layout, shard.metadata)
+
+
+def _growing(out: Path, file: str) -> Path:
+    """Where a file is until it is whole."""
+    return out / WORK_FOLDER / Path(file).name
+
+
+def _is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
+    """Whether an earlier session finished this shard, and its files are still there."""
+    path, adapter = out / shard.file, journal.file(ADAPTER_FILE).written
+    return (
+        journal.file(shard.file).sha256 is not None
+        and path.exists()
+        and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
+        and all(adapter.issuperset(_adapter_names(step)) for step in shard.steps if isinstance(step, WeightBatch))
+    )
+
+
 class Outputs:
     """Writes steps' results into shards and adapter; a context that journals what is done, however it ends.
 
     Args:
         plan: what is to be made.
         out: where.
-        journal: what is there already; begun by rank 0.
+        journal: what is there already (see `forget_lost`); begun by rank 0.
         device: that of the results, which must be waited for.
         rank: of this process: 0 makes the files, the others join them.
         ranks: how many processes write.
@@ -58,16 +93,22 @@ class Outputs:
     ) -> None:
         self.plan, self.out, self.journal, self._device = plan, out, journal, device
         self._rank, self._ranks = rank, ranks
-        self.adapter = self._open(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
-        self._shards = {s.file: self._open(s.file, s.layout, s.metadata) for s in plan.shards if not self._is_whole(s)}
+        self.adapter = self._open(ADAPTER_FILE, plan.adapter_layout, adapter_metadata(), join=rank > 0)
+        self._shards = {
+            shard.file: self._open(shard.file, shard.layout, shard.metadata, join=rank > 0)
+            for shard in plan.shards
+            if journal.file(shard.file).sha256 is None
+        }
         self._left: Counter[str] = Counter()
-        threads = GPU_THREADS if device.type == "cuda" else CPU_THREADS
-        self._pool = ThreadPoolExecutor(threads, "loftq-write")
-        self._room = threading.Semaphore(threads + WAITING)
-        self._futures: deque[Future[None]] = deque()
-        self._finished: deque[tuple[str, int]] = deque()
+        if device.type == "cuda":
+            self._pool = ThreadPoolExecutor(GPU_THREADS, "loftq-write", torch.cuda.set_device, (device,))
+        else:
+            self._pool = ThreadPoolExecutor(CPU_THREADS, "loftq-write")
+        self._room = Room(WAITING_BYTES)
+        self._futures: list[Future[None]] = []
+        self._finished: list[tuple[str, int]] = []
         self._lock, self._committing = threading.Lock(), threading.Lock()
-        self._pending, self._since = _Pending(), time.perf_counter()
+        self._pending, self._since, self._lost = _Pending(), time.perf_counter(), False
 
     def missing(self) -> list[Step]:
         """The steps whose results are not all on disk; the others count as finished."""
@@ -94,18 +135,21 @@ class Outputs:
 
     def copy(self, info: TensorInfo) -> None:
         """Copy one tensor of the source, in the background."""
-        self._submit(self._copy, info)
+        self._submit(COPY_BYTES, self._copy, info)
 
     def put(self, result: BatchResult, read_seconds: float) -> None:
         """Write the result of a batch, or of a part of one, in the background; waits while too many are under way."""
-        self._submit(self._store, result, read_seconds)
+        self._submit(result.nbytes, self._store, result, read_seconds)
 
-    def finished(self) -> Iterable[tuple[str, int]]:
+    def finished(self) -> list[tuple[str, int]]:
         """Modules that are done since the last call, with the bytes of their weights; raises what writing raised."""
-        while self._futures and self._futures[0].done():
-            self._futures.popleft().result()
-        while self._finished:
-            yield self._finished.popleft()
+        with self._lock:
+            ended = [future for future in self._futures if future.done()]
+            self._futures = [future for future in self._futures if not future.done()]
+            finished, self._finished = self._finished, []
+        for future in ended:
+            future.result()
+        return finished
 
     def drain(self) -> None:
         """Wait until everything that was handed over is written.
@@ -113,9 +157,10 @@ class Outputs:
         Raises:
             LoftqError: a weight or a file is not fit for it.
         """
-        with suppress(IndexError):  # popped by another thread that drains
-            while True:
-                self._futures.popleft().result()
+        with self._lock:
+            under_way = list(self._futures)
+        for future in under_way:
+            future.result()
 
     def finish_shards(self) -> None:
         """Make the shards whole that are complete; with several ranks, once all have drained, each its share."""
@@ -123,10 +168,11 @@ class Outputs:
             self.journal.load()
             self.adapter.written.update(self.journal.file(ADAPTER_FILE).written)
         for number, shard in enumerate(self.plan.shards):
-            progress = self.journal.file(shard.file)
-            if progress.sha256 is None and number % self._ranks == self._rank:
-                self._shards[shard.file].written.update(progress.written)
-                self._futures.append(self._pool.submit(self._finish_shard, shard.file))
+            if self.journal.file(shard.file).sha256 is None and number % self._ranks == self._rank:
+                if self._ranks > 1:  # opened again, for over a network what others wrote shows only then
+                    self._shards[shard.file].close()
+                    self._shards[shard.file] = self._open(shard.file, shard.layout, shard.metadata, join=True)
+                self._submit(0, self._finish_shard, shard.file)
         self.drain()
 
     def commit(self, wait: bool = True) -> None:
@@ -135,12 +181,15 @@ class Outputs:
             return
         try:
             with self._lock:
-                done, self._pending = self._pending, _Pending()
-                since, self._since = self._since, time.perf_counter()
-            if not done.written and not done.whole:
-                return
+                done = self._pending
+                if self._lost or not (done.written or done.whole):
+                    return
+                self._pending, since = _Pending(), self._since
+                self._since = time.perf_counter()
+            self._lost = True  # unless it gets on the disk; and what comes after a failure may share its fate unseen
             for file in done.written:
                 (self.adapter if file == ADAPTER_FILE else self._shards[file]).sync()
+            self._lost = False
             done.seconds["total"] = self._since - since
             peaks = {"host": peak_host_bytes(), "device": 0}
             if self._device.type == "cuda":
@@ -156,8 +205,8 @@ class Outputs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let what is under way end, journal it, close the files."""
-        self._pool.shutdown(cancel_futures=kind is not None)
         try:
+            self._pool.shutdown(cancel_futures=kind is not None)
             self.commit()
         except Exception:
             if kind is None:  # else what stopped the run is what matters
@@ -166,24 +215,12 @@ class Outputs:
             for writer in (self.adapter, *self._shards.values()):
                 writer.close()
 
-    def _open(self, file: str, layout: Sequence[TensorSpec], metadata: dict[str, str]) -> ShardWriter:
-        progress, growing = self.journal.file(file), self.out / WORK_FOLDER / Path(file).name
-        writer = ShardWriter(growing, self.out / file, layout, metadata, progress.written, join=self._rank > 0)
-        progress.written, progress.sha256 = set(writer.written), None
-        return writer
-
-    def _is_whole(self, shard: ShardPlan) -> bool:
-        """Whether an earlier session finished this shard, and its files are still there."""
-        path = self.out / shard.file
-        return (
-            self.journal.file(shard.file).sha256 is not None
-            and path.exists()
-            and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
-            and all(
-                self.adapter.written.issuperset(_adapter_names(step))
-                for step in shard.steps
-                if isinstance(step, WeightBatch)
-            )
+    def _open(self, file: str, layout: Sequence[TensorSpec], metadata: dict[str, str], join: bool) -> ShardWriter:
+        written = self.journal.file(file).written
+        # the adapter's metadata is known at the very end
+        ahead = file != ADAPTER_FILE
+        return ShardWriter(
+            _growing(self.out, file), self.out / file, layout, metadata, written, join=join, hash_ahead=ahead
         )
 
     def _is_done(self, step: Step, writer: ShardWriter) -> bool:
@@ -200,14 +237,16 @@ class Outputs:
 
     def _report(self, step: Step) -> None:
         if isinstance(step, WeightBatch):
-            for job in step.jobs:
-                self._finished.append((job.module, self.plan.checkpoint.tensors[job.tensor].nbytes))
+            sizes = [(job.module, self.plan.checkpoint.tensors[job.tensor].nbytes) for job in step.jobs]
+            with self._lock:
+                self._finished += sizes
 
-    def _submit(self, work: Any, *arguments: Any) -> None:
-        self._room.acquire()
+    def _submit(self, share: int, work: Callable[..., None], *arguments: Any) -> None:
+        self._room.take(share)
         future = self._pool.submit(work, *arguments)
-        future.add_done_callback(lambda _: self._room.release())
-        self._futures.append(future)
+        future.add_done_callback(lambda _: self._room.give(share))
+        with self._lock:
+            self._futures.append(future)
 
     def _copy(self, info: TensorInfo) -> None:
         start = time.perf_counter()

@@ -32,7 +32,7 @@ from loftq_cli.journal import (
 )
 from loftq_cli.lanes import Lanes, wake
 from loftq_cli.lowrank import full_precision
-from loftq_cli.outputs import Outputs
+from loftq_cli.outputs import Outputs, forget_lost
 from loftq_cli.plan import (
     ADAPTER_FILE,
     INDEX_FILE,
@@ -45,7 +45,7 @@ from loftq_cli.plan import (
     output_index,
     planned_files,
 )
-from loftq_cli.ranks import Ranks, joined, local_rank
+from loftq_cli.ranks import ALONE, Ranks, local_rank
 from loftq_cli.report import base_fingerprint, build_report, model_card
 from loftq_cli.worker import quantize_batch
 
@@ -92,44 +92,58 @@ def quantize(
 
 
 def run_plan(
-    plan: Plan, out: Path, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Carry out `plan`; see `quantize`. Under torchrun, this process does its share of it."""
+    """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share."""
     identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config))
     device = torch.device(plan.config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
     progress = progress or (lambda name, size: None)
-    with joined() as ranks:
-        if ranks.rank > 0:
-            return _follow(plan, out, device, ranks, progress)
-        _refuse_source_as_out(plan, out)
-        if check_out(out, identity, resume, overwrite):
+    if ranks.rank > 0:
+        return _follow(plan, out, identity, device, ranks, progress)
+    _refuse_source_as_out(plan, out)
+    if check_out(out, identity, resume, overwrite):
+        ranks.tell(FINISHED)
+        return read_finished(out)
+    check_disk(plan, out, already_bytes=_bytes_in(out))
+    with claimed(out, identity, resume, overwrite) as journal:
+        if journal is None:
             ranks.tell(FINISHED)
             return read_finished(out)
-        check_disk(plan, out, already_bytes=_bytes_in(out))
-        with claimed(out, identity, resume, overwrite) as journal:
-            if journal is None:
-                ranks.tell(FINISHED)
-                return read_finished(out)
-            with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
-                journal.begin(identity, planned_files(plan))
-                ranks.tell(journal.number)
-                run_steps(plan, outputs, device, ranks, progress)
-                if ranks.size > 1:
-                    journal.load()  # the other ranks' rows
-                report = finish(plan, out, outputs.adapter, journal, device)
-        ranks.wait()
-        return report
+        forget_lost(plan, out, journal)
+        journal.begin(identity, planned_files(plan))
+        with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
+            ranks.tell(journal.number)
+            run_steps(plan, outputs, device, ranks, progress)
+            if ranks.size > 1:
+                journal.load()  # the other ranks' rows
+            report = finish(plan, out, outputs.adapter, journal, device)
+    ranks.wait()
+    return report
 
 
-def _follow(plan: Plan, out: Path, device: torch.device, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+def _follow(
+    plan: Plan, out: Path, identity: Identity, device: torch.device, ranks: Ranks, progress: Progress
+) -> dict[str, Any]:
     """What a rank other than 0 does: its share of the steps, in files that rank 0 has made."""
     number = ranks.tell(0)
     if number != FINISHED:
         journal = Journal(out / WORK_FOLDER, ranks.rank)
-        if journal.number != number:
-            raise LoftqError(f"rank {ranks.rank} does not see what rank 0 writes in `{out}`", "ranks must share OUT")
+        if journal.number != number or journal.identity is None:
+            raise LoftqError(
+                f"rank {ranks.rank} does not see what rank 0 writes in `{out}`",
+                "ranks must share OUT (or rank 0 has stopped, and says why)",
+            )
+        if changed := journal.identity.differences(identity):
+            raise LoftqError(f"rank {ranks.rank} differs from rank 0: " + "; ".join(changed), "give all ranks the same")
         journal.join()
         with closing(journal), Outputs(plan, out, journal, device, ranks.rank, ranks.size) as outputs:
             run_steps(plan, outputs, device, ranks, progress)
@@ -140,6 +154,7 @@ def _follow(plan: Plan, out: Path, device: torch.device, ranks: Ranks, progress:
 def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, progress: Progress) -> None:
     """Read ahead, compute, write behind: all at the same time, with a bounded number of weights under way."""
     steps = ranks.share(outputs.missing())
+    ranks.wait()  # all ranks have read what is missing, before any of them journals more
     outputs.expect(steps)
 
     def report() -> None:
@@ -147,11 +162,15 @@ def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, 
             progress(name, size)
 
     with full_precision(), closing(Loader(device)) as loader, Lanes(device) as lanes:
-        for step, loading in ahead(steps, lambda step: _load(plan, step, loader, outputs), READ_AHEAD[device.type]):
+
+        def load(step: Step) -> Loading | None:
+            return None if isinstance(step, TensorInfo) else _load(plan, step, loader, lanes, outputs)
+
+        for step, loading in ahead(steps, load, READ_AHEAD[device.type]):
             if isinstance(step, TensorInfo):
                 outputs.copy(step)
             elif loading is not None:
-                lanes.submit(_compute, plan, step, loading, outputs, lanes)
+                lanes.submit(_compute, plan, step, loading, outputs, lanes, device)
             report()
         lanes.wait()
     outputs.drain()
@@ -162,37 +181,40 @@ def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, 
     report()
 
 
-def _load(plan: Plan, step: Step, loader: Loader, outputs: Outputs) -> Loading | None:
+def _load(plan: Plan, batch: WeightBatch, loader: Loader, lanes: Lanes, outputs: Outputs) -> Loading:
     """Begin to read a batch; onto the CPU where the GPU has no room even when nothing else is on it."""
-    if isinstance(step, TensorInfo):
-        return None
-    infos = [plan.checkpoint.tensors[job.tensor] for job in step.jobs]
+    infos = [plan.checkpoint.tensors[job.tensor] for job in batch.jobs]
     tensors = [(plan.checkpoint.path(info.file), info) for info in infos]
-    for attempt in range(2):
-        try:
-            return loader.load(tensors)
-        except torch.OutOfMemoryError:
-            if attempt == 0:
-                _make_room(outputs)
-    return loader.load(tensors, torch.device("cpu"))
+    try:
+        return loader.load(tensors)
+    except torch.OutOfMemoryError:
+        lanes.wait()
+        _make_room(outputs)
+    try:
+        return loader.load(tensors)
+    except torch.OutOfMemoryError:
+        return loader.load(tensors, torch.device("cpu"))
 
 
-def _compute(plan: Plan, batch: WeightBatch, loading: Loading, outputs: Outputs, lanes: Lanes) -> None:
+def _compute(
+    plan: Plan, batch: WeightBatch, loading: Loading, outputs: Outputs, lanes: Lanes, device: torch.device
+) -> None:
     """Compute a batch; its weights one by one and alone where the GPU's memory is too small, or on the CPU."""
     weights, seconds = loading.wait()
-    try:
-        with lanes.room(batch.parameters):
-            result = quantize_batch(plan, batch, weights)
-        outputs.put(result, seconds)
-        return
-    except torch.OutOfMemoryError:
-        pass
-    with lanes.room():
+    if weights.device.type == device.type:
+        try:
+            with lanes.room.share(batch.parameters):
+                result = quantize_batch(plan, batch, weights)
+            outputs.put(result, seconds)
+            return
+        except torch.OutOfMemoryError:
+            pass
+    with lanes.room.share(lanes.room.whole):
         _make_room(outputs)
         for i, job in enumerate(batch.jobs):
             alone, weight = WeightBatch((job,)), weights[i : i + 1]
             try:
-                result = quantize_batch(plan, alone, weight)
+                result = quantize_batch(plan, alone, weight.to(device))
             except torch.OutOfMemoryError:
                 _make_room(outputs)
                 result = quantize_batch(plan, alone, weight.cpu())
@@ -209,7 +231,11 @@ def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device
     late = {"config.json": _json_bytes(output_config(plan))}
     if plan.checkpoint.index is not None:
         late[INDEX_FILE] = _json_bytes(output_index(plan))
-    base_files = {shard.file: journal.file(shard.file).sha256 or "" for shard in plan.shards}
+    base_files: dict[str, str] = {}
+    for shard in plan.shards:
+        sha256 = journal.file(shard.file).sha256
+        assert sha256 is not None, f"`{shard.file}` is not whole"
+        base_files[shard.file] = sha256
     base_files |= {name: hashlib.sha256(data).hexdigest() for name, data in late.items()}
 
     adapter.set_metadata(adapter_metadata(base_fingerprint(base_files)))
@@ -248,8 +274,10 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise LoftqError(f"`--device {name}`: torch sees {seen} CUDA devices", "use `--device auto` or `cpu`")
+        seen = f"torch sees {torch.cuda.device_count()} CUDA devices"
+        if local_rank():
+            raise LoftqError(f"process {local_rank()} of this machine has no GPU: {seen}", "start as many as GPUs")
+        raise LoftqError(f"`--device {name}`: {seen}", "use `--device auto` or `cpu`")
     return device
 
 

@@ -75,25 +75,32 @@ class Ranks:
         return [step for position, step in enumerate(steps) if position in mine]
 
 
+ALONE = Ranks()
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun's environment names; without it, one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Ranks()
+    """The ranks that torchrun has started; without it, one."""
+    if not by_torchrun():
+        yield ALONE
         return
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield Ranks(distributed.get_rank(), size)
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
 
 
 def local_rank() -> int:
     """Which of the processes on this machine this is: the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if by_torchrun() else 0
 
 
 def _cost(step: Step) -> int:

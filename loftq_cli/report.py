@@ -21,7 +21,7 @@ from loftq_cli import __version__
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 STAGES = ("total", "read", "quantize", "low_rank", "write")
 
 

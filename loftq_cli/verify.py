@@ -22,7 +22,7 @@ from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.quantizers import QUANTIZERS
-from loftq_cli.report import base_fingerprint, pooled
+from loftq_cli.report import SCHEMA, base_fingerprint, pooled
 from loftq_cli.worker import hash_tensor, relative
 
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
@@ -55,6 +55,9 @@ def read_report(out: Path) -> dict[str, Any]:
     needed = {"files", "weights", "totals", "config", "source", "adapter_config"}
     if not isinstance(report, dict) or not needed <= report.keys():
         raise LoftqError(f"`{out / REPORT_FILE}` is not a report of loftq")
+    if report.get("schema") != SCHEMA:
+        made = f"loftq {report.get('version')}"
+        raise LoftqError(f"`{out / REPORT_FILE}` was written by {made}", f"look at it with {made}, or make it again")
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections import defaultdict
@@ -93,7 +94,8 @@ class BatchResult:
 
     plan: Plan
     batch: WeightBatch
-    weights: Tensor
+    weights: Tensor | None
+    device: torch.device
     base: list[dict[str, Tensor]]
     factors: list[Tensor]
     measured: Tensor
@@ -109,10 +111,17 @@ class BatchResult:
         """
         if self.done is not None:
             self.done.synchronize()
+        assert self.weights is not None
         for i, job in enumerate(self.batch.jobs):
             if not self.measured[i, :2].isfinite().all():
                 raise _refusal(job, self.weights[i].float())
-        self.weights, self.on_device = self.weights[:0], None
+        self.weights = self.on_device = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that it takes until it is written."""
+        tensors = [*self.factors, *(tensor for base in self.base for tensor in base.values())]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def rows(self) -> Iterator[WeightResult]:
         """Each weight's tensors and row, after `wait`."""
@@ -130,7 +139,7 @@ class BatchResult:
                 group_size=job.group_size,
                 quantizer=job.quantizer,
                 rank=self.plan.config.rank,
-                device=self.weights.device.type,
+                device=self.device.type,
                 iterations=int(iterations),
                 relative_error=relative(after2, norm2),
                 relative_error_without_adapter=relative(before2, norm2),
@@ -179,7 +188,7 @@ def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResu
             plan.format.tensors(job.stored_prefix, quantized)
             for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
         ]
-    result = BatchResult(plan, batch, weights, base, chosen, measured, watch)
+    result = BatchResult(plan, batch, weights, weights.device, base, chosen, measured, watch)
     return _to_host(result) if weights.is_cuda else result
 
 
@@ -193,16 +202,14 @@ def _to_host(result: BatchResult) -> BatchResult:
             base=[{name: t.to("cpu", non_blocking=True) for name, t in tensors.items()} for tensors in result.base],
             factors=[factor.to("cpu", non_blocking=True) for factor in result.factors],
             measured=result.measured.to("cpu", non_blocking=True),
-            done=copies.record_event(),
+            done=copies.record_event(torch.cuda.Event(blocking=True)),
             on_device=result,
         )
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return _streams.setdefault(device, torch.cuda.Stream(device))
+    return torch.cuda.Stream(device)
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from loftq_cli.quantizers.base import dequantize
 from loftq_cli.report import pooled
 from loftq_cli.verify import verify
 from loftq_cli.worker import WeightRow, quantize_batch
+from tests.conftest import save_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +86,35 @@ def test_a_run_on_the_gpu_verifies_and_repeats(sharded_llama: Path, tmp_path: Pa
     assert reports[0]["files"] == reports[1]["files"]
     assert reports[0]["totals"]["peak_device_bytes"] > 0
     assert verify(tmp_path / "0", str(sharded_llama)).violations == ()
+
+
+SMALL_GPU = """
+import sys, torch
+from loftq_cli import quantize
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[3]) / torch.cuda.get_device_properties(0).total_memory)
+report = quantize(sys.argv[1], sys.argv[2], bits=2, rank=4, iters=1, device="cuda")
+print(*sorted({row["device"] for row in report["weights"]}))
+"""
+
+
+@pytest.mark.parametrize(("mib", "devices"), [(1000, "cuda"), (150, "cpu cuda"), (24, "cpu")])
+def test_too_little_memory_means_smaller_pieces_and_then_the_cpu(tmp_path: Path, mib: int, devices: str) -> None:
+    model = save_llama(tmp_path / "model", torch.bfloat16, hidden_size=2048, intermediate_size=4096)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SMALL_GPU, str(model), str(out), str(mib << 20)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == devices.split()
+    assert verify(out, str(model)).violations == ()
+
+
+def test_the_command_speaks_to_the_end(tiny_llama: Path, tmp_path: Path) -> None:
+    """It leaves without taking the GPU's context apart."""
+    command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "--rank=4", str(tiny_llama), str(tmp_path)]
+    for expected, more in ((0, []), (1, ["--bits=2"])):  # the second is another run on a finished OUT
+        ran = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert ran.returncode == expected, ran.stderr
+        assert (json.loads(ran.stdout)["config"]["device"] == "cuda") if expected == 0 else "was 4, now 2" in ran.stderr
 
 
 def test_bitsandbytes_on_the_gpu_dequantizes_to_the_same_values_and_trains(tiny_llama: Path, tmp_path: Path) -> None:

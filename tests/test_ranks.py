@@ -39,6 +39,19 @@ main()
 """
 
 
+# rank 1 comes late to read what is missing, and rank 0 journals every tensor at once
+LATE = """
+import os, time
+from loftq_cli import outputs, pipeline
+from loftq_cli.cli import main
+outputs.COMMIT_SECONDS = 0
+if os.environ["RANK"] == "1":
+    original = pipeline.Journal
+    pipeline.Journal = lambda *args: time.sleep(1) or original(*args)
+main()
+"""
+
+
 def run(command: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
@@ -57,6 +70,30 @@ def test_two_ranks_give_the_bytes_of_one(sharded_llama: Path, tmp_path: Path) ->
         out.rename(tmp_path / f"out-{ranks}")
     assert reports[0]["files"] == reports[1]["files"]
     assert made[0] == made[1]
+
+
+def test_a_rank_that_is_late_shares_the_same_work(sharded_llama: Path, tmp_path: Path) -> None:
+    out, driver = tmp_path / "out", tmp_path / "driver.py"
+    driver.write_text(LATE)
+    ran = run([str(driver), "quantize", *OPTIONS, str(sharded_llama), str(out)], 2)
+    assert ran.returncode == 0, ran.stderr
+    assert verify(out, str(sharded_llama)).violations == ()
+
+
+def test_ranks_must_have_the_same_settings(sharded_llama: Path, tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text("import os, sys\nsys.argv[2:2] = ['--seed', os.environ['RANK']]\n" + LATE)
+    ran = run([str(driver), "quantize", *OPTIONS, str(sharded_llama), str(tmp_path / "out")], 2)
+    assert ran.returncode != 0
+    assert "rank 1 differs from rank 0: --seed was 0, now 1" in ran.stderr
+
+
+def test_a_scheduler_that_counts_processes_is_not_torchrun(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", *OPTIONS, str(tiny_llama), str(tmp_path)]
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["totals"]["weights"] == 14
 
 
 def test_a_rank_that_dies_stops_the_run_and_any_number_of_ranks_resumes_it(sharded_llama: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli import pipeline
+from loftq_cli import outputs, pipeline
 from loftq_cli.errors import LoftqError
 from loftq_cli.journal import Journal
 from loftq_cli.verify import verify
@@ -28,7 +28,9 @@ from loftq_cli.checkpoint import writer
 
 model, points = sys.argv[1], json.loads(sys.argv[2])
 options = json.loads(sys.argv[3])
-owners = {"ShardWriter": writer.ShardWriter, "Journal": journal.Journal, "pipeline": pipeline}
+owners = {
+    "ShardWriter": writer.ShardWriter, "Journal": journal.Journal, "Outputs": outputs.Outputs, "pipeline": pipeline,
+}
 
 def kill_in(where, nth, when):
     owner, name = where.split(".")
@@ -62,6 +64,9 @@ POINTS = [
     ("ShardWriter.write", 20, "after", 99),
     ("ShardWriter.write_chunks", 9, "before", 0),
     ("ShardWriter.sync", 6, "before", 0),
+    ("Journal.begin", 1, "before", 0),
+    ("Journal.begin", 1, "after", 0),
+    ("Outputs.__init__", 1, "after", 0),  # all files are there, and empty
     ("Journal.commit", 1, "before", 0),
     ("Journal.commit", 4, "after", 0),
     ("ShardWriter.finish", 1, "before", 99),
@@ -223,6 +228,28 @@ def test_a_file_lost_between_two_interruptions_is_made_again(sharded_llama: Path
         for path in (out / ".loftq").glob(lost):
             path.unlink()
         _stop_after(2, sharded_llama, out, resume=True)
+        pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+        assert verify(out, str(sharded_llama)).violations == ()
+
+
+def test_what_is_lost_is_forgotten_before_a_file_takes_its_place(
+    sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh file has its full size and a header that fits: zeros would pass for tensors."""
+    for broken in ("begin", "ShardWriter"):
+        out = tmp_path / broken
+        _stop_after(6, sharded_llama, out)
+        for path in (out / ".loftq").glob("*.safetensors"):
+            path.unlink()
+        with monkeypatch.context() as patch:
+            where = Journal if broken == "begin" else outputs
+
+            def fails(*args: object, **kwargs: object) -> None:
+                raise LoftqError("no room")
+
+            patch.setattr(where, broken, fails)
+            with pytest.raises(LoftqError, match="no room"):
+                pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
         pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
         assert verify(out, str(sharded_llama)).violations == ()
 

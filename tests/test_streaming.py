@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,8 @@ from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.jobs import make_batches
-from loftq_cli.lanes import Lanes
-from loftq_cli.plan import GPU_ELEMENTS, Plan
+from loftq_cli.plan import Plan
+from loftq_cli.room import Room
 from loftq_cli.verify import verify
 
 OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32}
@@ -50,22 +51,26 @@ def test_ahead_begins_so_many_and_keeps_the_order() -> None:
         assert begun == list(range(min(5, number + 3)))
 
 
-def test_large_weights_are_computed_alone() -> None:
-    lanes, together, most = Lanes(torch.device("cpu")), [0], [0]
+def test_who_asks_for_more_than_all_is_alone() -> None:
+    room, beside, most, lock = Room(10), [0], [0, 0], threading.Lock()
 
-    def compute(elements: int) -> None:
-        with lanes.room(elements):
-            together[0] += elements
-            most[0] = max(most[0], together[0])
-            time.sleep(0.002)
-            together[0] -= elements
+    def work(share: int) -> None:
+        with room.share(share):
+            with lock:
+                beside[0] += share
+                if share < 10:
+                    most[0] = max(most[0], beside[0])
+                else:
+                    most[1] = max(most[1], beside[0] - share)
+            time.sleep(0.003)
+            with lock:
+                beside[0] -= share
 
-    half = GPU_ELEMENTS // 2
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(compute, [half, half, 10 * half, half, half // 2, 3 * half, half] * 3))
-    assert half < most[0] <= 10 * half
-    assert together[0] == 0
-    with lanes.room():  # all of it is free again
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, [5, 4, 50, 3, 2, 30, 5, 5] * 4))
+    assert 5 < most[0] <= 10  # several at once, never more than there is room for
+    assert most[1] == 0  # nothing beside the large ones
+    with room.share(room.whole):  # all of it is free again
         pass
 
 

@@ -92,7 +92,7 @@ class Loader:
         read_into(piece.numpy().data, path, info, begin)
         with torch.cuda.stream(self.stream):
             target.copy_(piece, non_blocking=True)
-            copied = self.stream.record_event()
+            copied = self.stream.record_event(torch.cuda.Event(blocking=True))
         self._own.buffers[0][1] = copied
         return time.perf_counter() - start, copied
 

@@ -67,6 +67,25 @@ def file_bytes(layout: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int
     return plan_header(layout, metadata).file_bytes
 
 
+def is_unfinished(
+    temporary: Path,
+    final: Path,
+    layout: Sequence[TensorSpec],
+    metadata: Mapping[str, str],
+    written: Collection[str],
+) -> bool:
+    """Whether the file of an earlier `ShardWriter` with this layout is there, for these tensors of it to be kept."""
+    planned = plan_header(layout, metadata, final.name)
+    if not written or not set(written) <= planned.tensors.keys():
+        return False
+    try:
+        header = read_header(temporary if temporary.exists() else final, final.name)
+    except LoftqError:  # absent, truncated or something else
+        return False
+    # of the metadata only the names count: `set_metadata` may have changed the values already
+    return header.metadata.keys() == planned.metadata.keys() and header.tensors == planned.tensors
+
+
 class ShardWriter:
     """Writes one safetensors file, its tensors in any order, and resumes it.
 
@@ -81,6 +100,7 @@ class ShardWriter:
         metadata: the `__metadata__` of the header.
         resume_written: names of tensors that an earlier writer wrote and synced.
         join: the file is there, begun by another process of this run.
+        hash_ahead: hash while it is written; in vain where the metadata will be replaced.
 
     Attributes:
         written: names of the tensors that the file holds; empty after a resume that found no fitting file.
@@ -94,12 +114,17 @@ class ShardWriter:
         metadata: Mapping[str, str],
         resume_written: Collection[str] = (),
         join: bool = False,
+        hash_ahead: bool = True,
     ) -> None:
         self._temporary, self._final, self._layout = temporary, final, layout
         self._header = plan_header(layout, metadata, final.name)
         self._infos = self._header.tensors
-        resumed = set(resume_written) if join or self._find_unfinished(set(resume_written)) else set()
+        there = join or is_unfinished(temporary, final, layout, metadata, resume_written)
+        resumed = set(resume_written) if there else set()
+        self._hashes_ahead = hash_ahead
         with writing(temporary):
+            if resumed and not temporary.exists():  # killed between the rename and the caller's journal
+                final.replace(temporary)
             if not resumed and not join:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 temporary.unlink(missing_ok=True)
@@ -180,25 +205,6 @@ class ShardWriter:
         with self._closing:
             self._file.close()
 
-    def _find_unfinished(self, names: set[str]) -> bool:
-        """Whether an earlier writer's file is there under the temporary name, moved back there if need be."""
-        if not names or not names <= self._infos.keys():
-            return False
-        # killed between the rename and the caller's journal, the file has its final name already
-        found = self._temporary if self._temporary.exists() else self._final
-        try:
-            header = read_header(found, self._final.name)
-        except LoftqError:  # absent, truncated or something else
-            return False
-        # of the metadata only the names count: `set_metadata` may have changed the values already
-        same_metadata = header.metadata.keys() == self._header.metadata.keys()
-        if not same_metadata or header.tensors != self._header.tensors:
-            return False
-        if found == self._final:
-            with writing(self._final):
-                self._final.replace(self._temporary)
-        return True
-
     def _write_header(self) -> None:
         self._write_at(0, self._header.raw)
         with self._hashing:
@@ -216,7 +222,7 @@ class ShardWriter:
 
     def _hash_ahead(self) -> None:
         """Hash what is there without a gap, so that little is left to `finish`; not if another thread is at it."""
-        if not self._hashing.acquire(blocking=False):
+        if not self._hashes_ahead or not self._hashing.acquire(blocking=False):
             return
         try:
             end = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,24 +15,30 @@ WIDEST_WITH_PRODUCT = 512  # a program of longer groups has so few rows that it 
 
 
 class Kernels(NamedTuple):
-    """The functions of the modules that they are named after."""
+    """The functions of the modules that they are named after, and one module whole."""
 
     uniform: Callable[..., Any]
     codebook: Callable[..., Any]
     residual: Callable[..., Any]
+    small: ModuleType | None = None
 
 
 @functools.cache
 def fused() -> Kernels | None:
-    """The kernels, or None where Triton is missing or cannot compile (it needs a C compiler)."""
+    """The kernels, or None where Triton is missing or cannot compile (it needs a C compiler), or a GPU is too old."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return None
     try:
+        from loftq_cli.kernels import small
         from loftq_cli.kernels.codebook import codebook
         from loftq_cli.kernels.residual import residual
         from loftq_cli.kernels.uniform import uniform
 
         zeros = torch.zeros(1, 8, device="cuda")
         residual(zeros, zeros.byte(), zeros[0, :1], None, zeros[0], 8, torch.float32)
+    except torch.OutOfMemoryError:  # which says nothing of the kernels
+        raise
     except Exception as error:
         warnings.warn(f"the fused kernels do not run here, torch is used: {error}", stacklevel=2)
         return None
-    return Kernels(uniform, codebook, residual)
+    return Kernels(uniform, codebook, residual, small)

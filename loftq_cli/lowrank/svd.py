@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.lowrank.draw import uniform
+from loftq_cli.lowrank.small import eye, inverse_factor, scalings
 
 # With these, LoftQ's error over five rounds at 2 bits is within 0.1 % of the error with exact factors (Gaussian,
 # Student-t and power-law weights, 768² and 1536², rank 16 and 64), and within 0.01 % on a real model's 42 weights: with
@@ -41,7 +42,7 @@ class LowRankFactors:
     def product(self) -> Tensor:
         """Return `lora_B @ lora_A` [B, m, n]."""
         with full_precision():
-            return self.lora_B @ self.lora_A
+            return torch.bmm(self.lora_B, self.lora_A)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def top_r_exact(residual: Tensor, rank: int) -> LowRankFactors:
     with full_precision():
         # in the range of squares: of 1e-20 or 1e20, float32 holds none
         scaled = residual / residual.abs().amax((1, 2), keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-        left = torch.linalg.eigh(_finite(scaled @ scaled.mT)).eigenvectors.flip(2)[:, :, :rank]
-        factors = _factors(_ritz_vectors(left, left.mT @ residual), rank)
+        left = torch.linalg.eigh(_finite(torch.bmm(scaled, scaled.mT))).eigenvectors.flip(2)[:, :, :rank]
+        found = _ritz_vectors(left, torch.bmm(left.mT, residual), residual.dtype, left.shape[2])
+        factors = _factors(found)
     missing = (0, rank - left.shape[2])  # zeros where the residual is smaller than the rank
     pad = torch.nn.functional.pad
     return LowRankFactors(pad(factors.lora_A, (0, 0, *missing)), pad(factors.lora_B, missing), factors.energy)
@@ -107,13 +109,13 @@ def top_r(
         if start is None:
             rows = uniform(seeds, k, residual.shape[2], residual.device).to(rough.dtype)
             for _ in range(COLD_POWER_STEPS - 1):
-                rows = _orthonormal(rough @ rows.mT).mT @ rough
-            start = _subspace(_project(rough, rows), rough.dtype)
+                rows = torch.bmm(_orthonormal(torch.bmm(rough, rows.mT)).mT, rough)
+            start = _subspace(_project(rough, rows, rough.dtype))
             for degree in COLD_DEGREES[:-1]:
-                start = _subspace(_project(rough, _filtered(rough, start, degree)), rough.dtype)
+                start = _subspace(_project(rough, _filtered(rough, start, degree), rough.dtype))
             degree = COLD_DEGREES[-1]
-        found = _project(residual, _filtered(rough, start, degree))
-        return _factors(found, rank), _subspace(found, rough.dtype)
+        found = _project(residual, _filtered(rough, start, degree), rough.dtype, rank)
+        return _factors(found), _subspace(found)
 
 
 def _filtered(rough: Tensor, start: Subspace, degree: int) -> Tensor:
@@ -127,7 +129,7 @@ def _filtered(rough: Tensor, start: Subspace, degree: int) -> Tensor:
     for i in range(degree // 2):
         if i > 0:
             rows = _orthonormal(rows.mT).mT
-        left = (rough @ rows.mT).mul_(start.inverse_bound)
+        left = torch.bmm(rough, rows.mT).mul_(start.inverse_bound)
         rows = torch.baddbmm(rows, left.mT, rough, beta=-(math.cos((i + 0.5) * math.pi / degree) ** 2))
     return rows
 
@@ -136,64 +138,52 @@ def _filtered(rough: Tensor, start: Subspace, degree: int) -> Tensor:
 class _Ritz:
     """The singular values and vectors of a residual within a subspace, by falling length.
 
-    Shapes: left [B, m, k], orthonormal; turn float64 [B, k, k], so that `left @ turn` are left vectors; rows [B, k, n],
-    right vectors, each as long as the root of its value, or 0; values float64 [B, k], minus the squared singular ones;
-    inverse_root float64 [B, 1, k], their inverse fourth root, or 0 for a direction without length.
+    Shapes: left [B, m, k], orthonormal; rows [B, k, n], right vectors, each as long as the root of its value, or 0;
+    turn float32 [B, k, rank], so that `left @ turn` are left vectors of such lengths; energy float64 [B], the squared
+    norm of the product of both; inverse_bound [B, 1, 1], see `Subspace`.
     """
 
     left: Tensor
-    turn: Tensor
     rows: Tensor
-    values: Tensor
-    inverse_root: Tensor
+    turn: Tensor
+    energy: Tensor
+    inverse_bound: Tensor
 
 
-def _project(residual: Tensor, rows: Tensor) -> _Ritz:
+def _project(residual: Tensor, rows: Tensor, rough: torch.dtype, rank: int = 0) -> _Ritz:
     """Take the last half step, `residual @ rows.mT`, and what it spans."""
-    left = _orthonormal(residual @ rows.to(residual.dtype).mT)
-    return _ritz_vectors(left, left.mT @ residual)
+    left = _orthonormal(torch.bmm(residual, rows.to(residual.dtype).mT))
+    return _ritz_vectors(left, torch.bmm(left.mT, residual), rough, rank)
 
 
-def _ritz_vectors(left: Tensor, rows: Tensor) -> _Ritz:
+def _ritz_vectors(left: Tensor, rows: Tensor, rough: torch.dtype, rank: int) -> _Ritz:
     """Turn an orthonormal `left` [B, m, k] and `rows = left.mT @ residual` [B, k, n] to singular vectors."""
     wide = rows.double()
     # negative, so that they come by falling energy
-    values, turn = _eigh(torch.baddbmm(_eye(wide.shape[1], wide.device), wide, wide.mT, beta=0, alpha=-1))
-    inverse_root = torch.where(values < 1e-12 * values[:, :1], -values, torch.inf).pow_(-0.25)[:, None]
-    return _Ritz(left, turn, (turn * inverse_root).to(rows.dtype).mT @ rows, values, inverse_root)
+    values, turn = _eigh(torch.baddbmm(eye(wide.shape[1], wide.device), wide, wide.mT, beta=0, alpha=-1))
+    right, inverse_bound, turn, energy = scalings(values, turn, rank, STEEPEST, rows.dtype, rough)
+    return _Ritz(left, torch.bmm(right, rows), turn, energy, inverse_bound)
 
 
-def _factors(found: _Ritz, rank: int) -> LowRankFactors:
+def _factors(found: _Ritz) -> LowRankFactors:
     """Share the singular values evenly, the root to either factor (LoftQ, arXiv 2310.08659, equation 8)."""
-    root = found.inverse_root[:, :, :rank].pow(3) * -found.values[:, None, :rank]  # and 0 where that is 0
-    lora_B = found.left @ (found.turn[:, :, :rank] * root).float()
-    return LowRankFactors(found.rows[:, :rank].contiguous(), lora_B, -found.values[:, :rank].sum(1))
+    rank = found.turn.shape[2]
+    return LowRankFactors(found.rows[:, :rank].contiguous(), torch.bmm(found.left, found.turn), found.energy)
 
 
-def _subspace(found: _Ritz, dtype: torch.dtype) -> Subspace:
-    values = found.values
-    bound = torch.minimum(values[:, -1:], values[:, :1] / STEEPEST).clamp_max_(-1e-37)
-    return Subspace(found.rows.to(dtype), bound.reciprocal_().neg_().to(dtype)[:, :, None])
+def _subspace(found: _Ritz) -> Subspace:
+    return Subspace(found.rows.to(found.inverse_bound.dtype), found.inverse_bound)
 
 
 def _orthonormal(x: Tensor) -> Tensor:
     """Return an orthonormal basis of the columns of `x` [B, m, k], of its dtype, by Cholesky-QR.
 
-    In float64, which is cheap beside the products with the residual, and lets one pass serve. The shift, relative to
-    each column, lets dependent columns and zeros pass: they come out short, not as NaN, and a basis with short columns
-    projects as safely, for its singular values are at most 1.
+    In float64, which is cheap beside the products with the residual, and lets one pass serve. Dependent columns and
+    zeros come out short, not as NaN, and a basis with short columns projects as safely, for its singular values are at
+    most 1.
     """
     wide = x.double()
-    gram = wide.mT @ wide
-    gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-12).add_(torch.finfo(torch.float64).tiny)
-    # the small inverse, and a product with it: many times faster on a GPU than solving for every row of `x`
-    factor = torch.linalg.cholesky_ex(gram).L
-    return (wide @ torch.linalg.solve_triangular(factor, _eye(x.shape[2], x.device), upper=False).mT).to(x.dtype)
-
-
-@functools.cache
-def _eye(k: int, device: torch.device) -> Tensor:
-    return torch.eye(k, dtype=torch.float64).to(device)  # copied, so that it is there for any stream at once
+    return torch.bmm(wide, inverse_factor(torch.bmm(wide.mT, wide))).to(x.dtype)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
