@@ -187,7 +187,7 @@ def quantize(
         from loftq_cli.ranks import joined
 
         if not dry_run:
-            wake(pipeline.resolve_device(options.device), options)
+            wake(pipeline.resolve_device(options.device))
         plan = pipeline.plan_quantize(model, options)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)

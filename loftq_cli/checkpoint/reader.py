@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,8 +147,23 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
 def read_into(view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
     """Fill `view` with the bytes of one tensor from its byte `begin` on."""
     with _open(path) as stream:
-        stream.seek(info.offset + begin)
-        _fill(view, stream, path, info, begin)
+        read_at(stream.fileno(), view, path, info, begin)
+
+
+def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
+    """As `read_into`, from a file that is open already."""
+    done = 0
+    while done < len(view):  # one read stops at 2 GiB
+        try:
+            count = os.preadv(descriptor, [view[done:]], info.offset + begin + done)
+        except OSError as error:
+            raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
+        if not count:
+            raise LoftqError(
+                f"`{path}` ends inside tensor `{info.name}`: {begin + done} of its {info.nbytes} bytes are there",
+                "the file changed since its header was read: put it back, or download it again",
+            )
+        done += count
 
 
 def sample_hash(path: Path, header: Header) -> str:
@@ -163,32 +179,27 @@ def sample_hash(path: Path, header: Header) -> str:
 def read_chunks(path: Path, info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
     """Yield the bytes of one tensor in order, for copies that never look at it; each chunk is the caller's to keep."""
     with _open(path) as stream:
-        stream.seek(info.offset)
         for begin in range(0, info.nbytes, chunk_bytes):
             chunk = memoryview(bytearray(min(chunk_bytes, info.nbytes - begin)))
-            _fill(chunk, stream, path, info, begin)
+            read_at(stream.fileno(), chunk, path, info, begin)
             yield chunk
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[FileIO]:
+def open_file(path: Path) -> FileIO:
+    """Open a file for reading, unbuffered."""
     try:
-        with path.open("rb", buffering=0) as stream:
-            yield stream
+        return path.open("rb", buffering=0)
     except OSError as error:
         raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
-def _fill(view: memoryview, stream: FileIO, path: Path, info: TensorInfo, begin: int) -> None:
-    done = 0
-    while done < len(view):  # one read stops at 2 GiB
-        count = stream.readinto(view[done:])
-        if not count:
-            raise LoftqError(
-                f"`{path}` ends inside tensor `{info.name}`: {begin + done} of its {info.nbytes} bytes are there",
-                "the file changed since its header was read: put it back, or download it again",
-            )
-        done += count
+@contextmanager
+def _open(path: Path) -> Iterator[FileIO]:
+    with open_file(path) as stream:
+        try:
+            yield stream
+        except OSError as error:
+            raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
 def _tensor_info(name: str, entry: Any, file: str, data_start: int) -> TensorInfo:

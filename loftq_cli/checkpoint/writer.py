@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.files import allocate, sync_folder, writing
 from loftq_cli.checkpoint.reader import DTYPES, Header, TensorInfo, read_header
 from loftq_cli.errors import LoftqError
 
-HASH_BYTES = 4 << 20  # read back at once, out of the page cache
+HASH_BYTES = 8 << 20  # read back at once, out of the page cache
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
