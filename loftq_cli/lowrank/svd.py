@@ -20,8 +20,9 @@ from loftq_cli.lowrank.draw import uniform
 from loftq_cli.lowrank.small import eye, inverse_factor, scalings
 
 # With these, LoftQ's error over five rounds at 2 bits is within 0.1 % of the error with exact factors (Gaussian,
-# Student-t and power-law weights, 768² and 1536², rank 16 and 64), and within 0.01 % on a real model (scripts/bench.py svd): with
-# float32 as with bfloat16. What the first round misses, the later ones never quite make up for: hence its degrees.
+# Student-t and power-law weights, 768² and 1536², rank 16 and 64), and within 0.01 % on a real model (`bench.py svd`).
+# What the first round misses, the later ones never quite make up for: hence its degrees. The last half step in bfloat16
+# as well would save a twentieth, and blur weak directions beside strong ones.
 OVERSAMPLING = 16
 COLD_POWER_STEPS, COLD_DEGREES, WARM_DEGREE = 3, (5, 5), 3  # degrees: odd, and of the residual, not of its square
 STEEPEST = 1e8  # a filter treats directions alike that have less than the largest energy over this
@@ -88,8 +89,8 @@ def top_r(
     not wanted, and a Chebyshev polynomial of the singular values that is small below that bound and grows fastest above
     it (Zhou et al., Journal of Computational Physics 219, 2006) does what would take many more power steps.
 
-    The filter only has to find the subspace, and multiplies in bfloat16 where the hardware does; the projection on that
-    subspace, and all that the factors are made of, is float32.
+    The filter only has to find the subspace, and multiplies in bfloat16 where the hardware does; the last product with
+    the residual on either side, and all that the factors are made of, is float32.
 
     Args:
         residual: float32 [B, m, n].
@@ -110,11 +111,11 @@ def top_r(
             rows = uniform(seeds, k, residual.shape[2], residual.device).to(rough.dtype)
             for _ in range(COLD_POWER_STEPS - 1):
                 rows = torch.bmm(_orthonormal(torch.bmm(rough, rows.mT)).mT, rough)
-            start = _subspace(_project(rough, rough, rows))
+            start = _subspace(_project(rough, rows, rough.dtype))
             for degree in COLD_DEGREES[:-1]:
-                start = _subspace(_project(rough, rough, _filtered(rough, start, degree)))
+                start = _subspace(_project(rough, _filtered(rough, start, degree), rough.dtype))
             degree = COLD_DEGREES[-1]
-        found = _project(residual, rough, _filtered(rough, start, degree), rank)
+        found = _project(residual, _filtered(rough, start, degree), rough.dtype, rank)
         return _factors(found), _subspace(found)
 
 
@@ -150,10 +151,10 @@ class _Ritz:
     inverse_bound: Tensor
 
 
-def _project(residual: Tensor, rough: Tensor, rows: Tensor, rank: int = 0) -> _Ritz:
-    """Take the last half step, `rough @ rows.mT`, and what `residual` is in the subspace that it spans."""
-    left = _orthonormal(torch.bmm(rough, rows.mT), residual.dtype)
-    return _ritz_vectors(left, torch.bmm(left.mT, residual), rough.dtype, rank)
+def _project(residual: Tensor, rows: Tensor, rough: torch.dtype, rank: int = 0) -> _Ritz:
+    """Take the last half step, `residual @ rows.mT`, and what it spans."""
+    left = _orthonormal(torch.bmm(residual, rows.to(residual.dtype).mT))
+    return _ritz_vectors(left, torch.bmm(left.mT, residual), rough, rank)
 
 
 def _ritz_vectors(left: Tensor, rows: Tensor, rough: torch.dtype, rank: int) -> _Ritz:
@@ -175,15 +176,15 @@ def _subspace(found: _Ritz) -> Subspace:
     return Subspace(found.rows.to(found.inverse_bound.dtype), found.inverse_bound)
 
 
-def _orthonormal(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an orthonormal basis of the columns of `x` [B, m, k], in `dtype` (else that of `x`), by Cholesky-QR.
+def _orthonormal(x: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns of `x` [B, m, k], of its dtype, by Cholesky-QR.
 
     In float64, which is cheap beside the products with the residual, and lets one pass serve. Dependent columns and
     zeros come out short, not as NaN, and a basis with short columns projects as safely, for its singular values are at
     most 1.
     """
     wide = x.double()
-    return torch.bmm(wide, inverse_factor(torch.bmm(wide.mT, wide))).to(dtype or x.dtype)
+    return torch.bmm(wide, inverse_factor(torch.bmm(wide.mT, wide))).to(x.dtype)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
