@@ -26,6 +26,8 @@ loftq quantize --bits 2 --rank 16 ./SmolLM2-135M-Instruct ./out
 loftq quantize --config configs/2bit-gptq.yaml --dry-run HuggingFaceTB/SmolLM2-135M-Instruct ./out
 
 loftq verify ./out --source ./SmolLM2-135M-Instruct
+
+torchrun --nproc-per-node 2 -m loftq_cli quantize --bits 2 MODEL OUT
 """
 
 app = typer.Typer(

@@ -35,7 +35,7 @@ from loftq_cli.targets import find_targets
 
 # Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
 # libraries; float32 copies of the largest weight alive at once on a CPU; bytes on a GPU per weight computed at once.
-RUNTIME_BYTES, GPU_RUNTIME_BYTES = 450 << 20, 2 << 30
+RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 2 << 30
 WORKING_COPIES = 12
 GPU_BYTES_PER_WEIGHT = 21
 GPU_ELEMENTS = 200_000_000  # weights that are computed at once on a GPU, at most; a larger one is computed alone
