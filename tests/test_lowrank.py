@@ -29,9 +29,10 @@ def white(m: int, n: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], autouse=True)
-def rough(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def rough(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Whatever this machine multiplies natively."""
     monkeypatch.setattr(svd, "_rough_dtype", lambda device: request.param)
+    return request.param
 
 
 def fast(residual: Tensor, rank: int, seed: int = 0, start: Subspace | None = None) -> tuple[LowRankFactors, Subspace]:
@@ -100,9 +101,11 @@ def with_spectrum(values: Tensor, m: int = 300, n: int = 400) -> Tensor:
 
 
 @pytest.mark.parametrize("fall", [0.97, 0.9, 0.8, 0.5, 0.1])
-def test_fast_is_exact_on_a_falling_spectrum(fall: float) -> None:
+def test_fast_is_exact_on_a_falling_spectrum(rough: torch.dtype, fall: float) -> None:
     residual = with_spectrum(fall ** torch.arange(300.0, dtype=torch.float64))
     for factors in every_way(residual, 4):
+        if rough == torch.float32 and fall > 0.1:  # there, 3e-6 of the norm is missed
+            assert error(residual, factors) == pytest.approx(least_error(residual, 4), rel=1e-5)
         # bfloat16 may find a direction to 1e-8 of its energy only
         assert error(residual, factors) ** 2 == pytest.approx(
             least_error(residual, 4) ** 2, rel=1e-4, abs=2e-8 * float(residual.norm()) ** 2
@@ -124,7 +127,7 @@ def test_directions_that_stand_out_are_found_at_any_steepness(outliers: list[flo
         assert least * (1 - 1e-5) - 1e-6 * values.max() < error(residual, factors) < least * 1.001 + 1e-6 * values.max()
 
 
-def test_a_warm_start_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_start_saves_steps(rough: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     before, change = white(*FAST), white(*FAST, seed=1)
     after = before + 0.2 * change
     _, found = fast(before, 4)
@@ -132,7 +135,7 @@ def test_a_warm_start_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(svd, "COLD_DEGREES", (svd.WARM_DEGREE,))
     cold, _ = fast(after, 4)
     best = least_error(after, 4)
-    assert error(after, warm) - best < 0.5 * (error(after, cold) - best)
+    assert error(after, warm) - best < (0.4 if rough == torch.float32 else 0.5) * (error(after, cold) - best)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_a_matrix_beyond_repair_disturbs_no_other(rank: int, bad: float) -> None
     assert not error(batch[0], factors, 0) > 1.001 * float(batch[0].double().norm()), "NaN, or no harm"
 
 
-def test_one_seed_one_result() -> None:
+def test_one_seed_one_result(rough: torch.dtype) -> None:
     residual = white(*FAST)
     (one, found), (same, _), (other, _) = (fast(residual, 4, seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one.lora_A, same.lora_A)
@@ -215,7 +218,7 @@ def test_one_seed_one_result() -> None:
     assert torch.equal(one.lora_A, again.lora_A)
     assert torch.equal(state, torch.get_rng_state())
     rows = torch.nn.functional.normalize(found.rows[0].float(), dim=1)
-    assert torch.allclose(rows @ rows.T, torch.eye(4 + svd.OVERSAMPLING), atol=3e-3)
+    assert torch.allclose(rows @ rows.T, torch.eye(4 + svd.OVERSAMPLING), atol=1e-5 if rough == torch.float32 else 3e-3)
     assert (found.rows[0].float().norm(dim=1).diff() <= 1e-2).all(), "by falling value"
 
 

@@ -22,7 +22,7 @@ from loftq_cli.lowrank.small import eye, inverse_factor, scalings
 # With these, LoftQ's error over five rounds at 2 bits is within 0.1 % of the error with exact factors (Gaussian,
 # Student-t and power-law weights, 768² and 1536², rank 16 and 64), and within 0.01 % on a real model (`bench.py svd`).
 # What the first round misses, the later ones never quite make up for: hence its degrees. The last half step in bfloat16
-# as well would save a twentieth, and blur weak directions beside strong ones.
+# as well would blur weak directions beside strong ones.
 OVERSAMPLING = 16
 COLD_POWER_STEPS, COLD_DEGREES, WARM_DEGREE = 3, (5, 5), 3  # degrees: odd, and of the residual, not of its square
 STEEPEST = 1e8  # a filter treats directions alike that have less than the largest energy over this
