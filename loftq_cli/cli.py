@@ -53,8 +53,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        lanes = sys.modules.get("loftq_cli.lanes")
-        if isinstance(end.code, int) and lanes is not None and lanes.is_waking():
+        device = sys.modules.get("loftq_cli.device")
+        if isinstance(end.code, int) and device is not None and device.is_waking():
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -185,12 +185,9 @@ def quantize(
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
-        from loftq_cli.lanes import wake
         from loftq_cli.ranks import joined
 
-        if not dry_run:
-            wake(pipeline.resolve_device(options.device))
-        plan = pipeline.plan_quantize(model, options)
+        plan = pipeline.plan_quantize(model, options, to_run=not dry_run)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:

@@ -7,56 +7,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.loader import GPU_THREADS, PIECE_BYTES
-from loftq_cli.kernels import fused
+from loftq_cli.device import wait_until_ready
 from loftq_cli.plan import GPU_ELEMENTS
 from loftq_cli.room import Room
 
 LANES = {"cuda": 2, "cpu": 0}  # 0: a CPU is kept busy by one batch, and Ctrl-C gets through at once
 SWITCH_SECONDS = 2e-4  # for which a thread may make the others wait: launches must not
-
-
-_waking: threading.Thread | None = None
-
-
-def wake(device: torch.device) -> None:
-    """Have a GPU get ready in the background (context, pinned memory, libraries), while transformers is imported.
-
-    Only what needs little Python: both threads take turns at that.
-    """
-    global _waking
-    if device.type == "cuda" and _waking is None:
-        _waking = threading.Thread(target=_get_ready, args=(device,), daemon=True)
-        _waking.start()
-
-
-def is_waking() -> bool:
-    """Whether `wake` has started a GPU in this process."""
-    return _waking is not None
-
-
-def _get_ready(device: torch.device) -> None:
-    with suppress(Exception):  # where something is wrong, the run itself will meet it and say so
-        torch.cuda.set_device(device)
-        kept = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2 * GPU_THREADS)]
-        del kept  # torch keeps them for the loader
-        _load_libraries(device)
-        fused()
-
-
-def _load_libraries(device: torch.device) -> None:
-    """Have torch load its linear algebra, which it cannot do in two threads at a time."""
-    with suppress(torch.OutOfMemoryError):
-        eye = torch.eye(32, dtype=torch.float64, device=device).repeat(2, 1, 1)
-        torch.linalg.solve_triangular(torch.linalg.cholesky_ex(eye).L, eye, upper=False)
-        torch.linalg.eigh(eye)
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.bmm(eye.to(dtype), eye.to(dtype))
 
 
 class Lanes:
@@ -89,9 +49,7 @@ class Lanes:
     def __enter__(self) -> Lanes:
         self._interval = sys.getswitchinterval()
         if self._count > 1:
-            if _waking is not None:
-                _waking.join()
-            _load_libraries(self._device)
+            wait_until_ready(self._device)
             sys.setswitchinterval(SWITCH_SECONDS)
         return self
 

@@ -1,18 +1,22 @@
-"""Planning without the weight of what transformers imports on the way: for the command line alone.
+"""Planning in a child process, without the weight of what transformers imports on the way: for the command line alone.
 
 `import transformers` of a decoder pulls in whatever optional package is installed (torchvision, scikit-learn, pandas),
 torch's compiler and torch's distributed tensors: most of a short run. None of it shapes a model that is only built. So
-in a process that is ours, and for the time of the planning, the packages look absent (`sys.modules[name] = None` is
-Python's own way to say so), and the compiler is a module whose decorators decorate nothing. A plan that fails this way
-is made once more in a fresh process without any of this, which has the last word.
+in a process that is forked from ours, which ends with the plan, the packages look absent (`sys.modules[name] = None` is
+Python's own way to say so), and the compiler is a module whose decorators decorate nothing; our own process gets a GPU
+ready meanwhile, which two threads of one Python would do in turns. A plan that fails this way is made once more in our
+own process, where nothing is hidden.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, MutableSequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableSequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -29,66 +33,64 @@ _claimed, _gc_threshold = False, gc.get_threshold()
 
 
 def claim_process() -> None:
-    """Say that this process runs nothing but the `loftq` command: a library must not hide packages from its host."""
+    """Say that this process runs nothing but the `loftq` command: a library must not fork its host."""
     global _claimed
     _claimed = True
     gc.set_threshold(200_000)  # imports make a million objects that stay: looking for garbage among them takes 0.7 s
 
 
 def possible() -> bool:
-    """Whether packages may be hidden here; once transformers is imported, it would be in vain."""
-    return _claimed and "transformers" not in sys.modules
+    """Whether `begin` may be used: elsewhere than on Linux, libraries do not stand a fork."""
+    return _claimed and sys.platform == "linux"
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, of a module's own function and picklable arguments, in a process that hides nothing."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+def begin(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Begin `function(*arguments)` with lean imports, in a forked process; what is returned waits for the result.
 
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    That raises ChildProcessError if the child has failed, whatever the reason.
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(receiver, sender, function, *arguments), daemon=True)
+    child.start()
+    sender.close()
+
+    def result() -> Any:
+        try:
+            return receiver.recv()
+        except EOFError:
+            raise ChildProcessError("planning with lean imports has failed") from None
+        finally:
+            receiver.close()
+            child.join()
+            gc.freeze()
+            gc.set_threshold(*_gc_threshold)
+
+    return result
 
 
-@contextmanager
-def imports() -> Iterator[None]:
-    """Hide what planning does not need; afterwards, Python finds it all again (transformers does not)."""
-    import importlib.metadata
+def _answer(receiver: Any, sender: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    receiver.close()  # so that nobody is left to wait for where the parent has gone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the parent, too, which says what there is to say
+    with suppress(Exception):  # the parent will meet it again, or not; or it has gone
+        _hide()
+        sender.send(function(*arguments))
+    sender.close()
+    os._exit(0)  # nothing here is worth the time of taking it apart
 
+
+def _hide() -> None:
+    """Hide what planning does not need, for the rest of this process."""
     import torch
 
-    hidden = [name for name in UNNEEDED if name not in sys.modules]
-    finder = _InertFinder()
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is meant
+    sys.modules.update((name, None) for name in UNNEEDED if name not in sys.modules)  # type: ignore[misc]
     if COMPILER not in sys.modules:
-        sys.meta_path.insert(0, finder)
-    try:
-        with (
-            _replaced(torch.distributed, "is_available", lambda: False),
-            # it reads the file lists of all installed packages; transformers before 5.23 calls it on import
-            _replaced(importlib.metadata, "packages_distributions", dict),
-        ):
-            yield
-    finally:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-        for name in [name for name, module in list(sys.modules.items()) if isinstance(module, _Inert)]:
-            del sys.modules[name]
-        if isinstance(vars(torch).get("_dynamo"), _Inert):
-            del torch._dynamo  # torch imports the real one when it is asked for
-        for name in hidden:
-            sys.modules.pop(name, None)
-        gc.freeze()
-        gc.set_threshold(*_gc_threshold)
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+        sys.meta_path.insert(0, _InertFinder())
+    torch.distributed.is_available = lambda: False
+    # it reads the file lists of all installed packages; transformers before 5.23 calls it on import
+    importlib.metadata.packages_distributions = dict
 
 
 class _Inert(ModuleType):

@@ -24,9 +24,7 @@ from loftq_cli.report import peak_host_bytes
 from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, row_dict
 
-# At most about this much work is lost to a kill, beside what is in flight. Often, so that the disk is never idle and
-# little is left to flush at the end.
-COMMIT_SECONDS = 0.5
+COMMIT_SECONDS = 0.2  # of work that a kill loses, at most; so little, because the rest waits to be flushed at the end
 GPU_THREADS, CPU_THREADS = 8, 1  # a hash takes 1.4 GB/s, and every byte is hashed twice
 WAITING_BYTES = 1 << 30  # of results and copies that are written or wait for it, at most
 COPY_BYTES = 2 * CHUNK_BYTES  # of memory that copying a tensor takes
@@ -100,10 +98,8 @@ class Outputs:
             if journal.file(shard.file).sha256 is None
         }
         self._left: Counter[str] = Counter()
-        if device.type == "cuda":
-            self._pool = ThreadPoolExecutor(GPU_THREADS, "loftq-write", torch.cuda.set_device, (device,))
-        else:
-            self._pool = ThreadPoolExecutor(CPU_THREADS, "loftq-write")
+        on_gpu = (GPU_THREADS, "loftq-write", torch.cuda.set_device, (device,))
+        self._pool = ThreadPoolExecutor(*(on_gpu if device.type == "cuda" else (CPU_THREADS,)))
         self._room = Room(WAITING_BYTES)
         self._futures: list[Future[None]] = []
         self._finished: list[tuple[str, int]] = []
@@ -111,19 +107,19 @@ class Outputs:
         self._pending, self._since, self._lost = _Pending(), time.perf_counter(), False
 
     def missing(self) -> list[Step]:
-        """The steps whose results are not all on disk; the others count as finished."""
-        steps: list[Step] = []
-        for shard in self.plan.shards:
+        """The steps whose results are not all on disk, copies a shard early: a file's hash often waits for one."""
+        steps: list[tuple[float, Step]] = []
+        for number, shard in enumerate(self.plan.shards):
             writer = self._shards.get(shard.file)
             for step in shard.steps:
                 if writer is None or self._is_done(step, writer):
                     self._report(step)
                     continue
-                steps.append(step)
+                steps.append((number - 1.5 if isinstance(step, TensorInfo) else number, step))
                 writer.forget([step.name] if isinstance(step, TensorInfo) else self._base_names(step))
                 if isinstance(step, WeightBatch):
                     self.adapter.forget(_adapter_names(step))
-        return steps
+        return [step for _, step in sorted(steps, key=lambda pair: pair[0])]
 
     def expect(self, steps: Iterable[Step]) -> None:
         """Learn what this process is going to hand over."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from loftq_cli import __version__
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
 from loftq_cli.checkpoint.reader import TensorInfo
-from loftq_cli.checkpoint.source import open_checkpoint
+from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.writer import ShardWriter
 from loftq_cli.config import QuantizeConfig, build_config
+from loftq_cli.device import resolve_device, wake
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
@@ -30,7 +32,7 @@ from loftq_cli.journal import (
     check_out,
     claimed,
 )
-from loftq_cli.lanes import Lanes, wake
+from loftq_cli.lanes import Lanes
 from loftq_cli.lowrank import full_precision
 from loftq_cli.outputs import Outputs, forget_lost
 from loftq_cli.plan import (
@@ -45,8 +47,9 @@ from loftq_cli.plan import (
     output_index,
     planned_files,
 )
-from loftq_cli.ranks import ALONE, Ranks, local_rank
+from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report, model_card
+from loftq_cli.targets import find_targets, guess_targets
 from loftq_cli.worker import quantize_batch
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
@@ -55,10 +58,27 @@ FINISHED = -1  # told to the other ranks instead of a journal's number
 Progress = Callable[[str, int], None]  # called with a module name and its source bytes when its weight is done
 
 
-def plan_quantize(model: str, config: QuantizeConfig) -> Plan:
-    """Read headers and decide everything; `model` is a folder or a Hub id. Nothing is written."""
+def plan_quantize(model: str, config: QuantizeConfig, *, to_run: bool = False) -> Plan:
+    """Read headers and decide everything; `model` is a folder or a Hub id. Nothing is written.
+
+    With `to_run` a GPU is got ready at the same time.
+    """
+    checkpoint = open_checkpoint(model, config.revision)
+    targets = find_targets(checkpoint, config.trust_remote_code)
     device = resolve_device(config.device)
-    return make_plan(open_checkpoint(model, config.revision), config.model_copy(update={"device": str(device)}))
+    decided = config.model_copy(update={"device": str(device)})
+    if to_run:
+        wake(device, partial(_rehearse, checkpoint, decided))
+    return make_plan(checkpoint, decided, targets())
+
+
+def _rehearse(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
+    """Compute noise as the run will probably compute its first batch: what a GPU does for the first time is slow."""
+    plan = make_plan(checkpoint, config, guess_targets(checkpoint))
+    batch = next(step for shard in plan.shards for step in shard.steps if isinstance(step, WeightBatch))
+    shape = (len(batch.jobs), *batch.first.shape)
+    quantize_batch(plan, batch, torch.randn(shape, dtype=batch.first.stored_dtype, device=config.device)).wait()
+    torch.cuda.empty_cache()  # it would stay with this thread's stream (nothing is done without a GPU)
 
 
 def quantize(
@@ -86,8 +106,7 @@ def quantize(
         LoftqError: anything that stops the run; what is done stays in `out` for `resume`.
     """
     config = config or build_config(options)
-    wake(resolve_device(config.device))
-    plan = plan_quantize(str(model), config)
+    plan = plan_quantize(str(model), config, to_run=True)
     return run_plan(plan, Path(out), resume=resume, overwrite=overwrite, progress=progress)
 
 
@@ -161,7 +180,7 @@ def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, 
         for name, size in outputs.finished():
             progress(name, size)
 
-    with full_precision(), closing(Loader(device)) as loader, Lanes(device) as lanes:
+    with closing(Loader(device)) as loader, Lanes(device) as lanes, full_precision():
 
         def load(step: Step) -> Loading | None:
             return None if isinstance(step, TensorInfo) else _load(plan, step, loader, lanes, outputs)
@@ -262,23 +281,6 @@ def _refuse_source_as_out(plan: Plan, out: Path) -> None:
     source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
     if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
         raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` → a GPU, else the CPU; under torchrun every rank of a machine takes a GPU of its own.
-
-    Raises:
-        LoftqError: a GPU is asked for that torch does not see.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        seen = f"torch sees {torch.cuda.device_count()} CUDA devices"
-        if local_rank():
-            raise LoftqError(f"process {local_rank()} of this machine has no GPU: {seen}", "start as many as GPUs")
-        raise LoftqError(f"`--device {name}`: {seen}", "use `--device auto` or `cpu`")
-    return device
 
 
 def identity_config(config: QuantizeConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from loftq_cli.jobs import (
 from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
-from loftq_cli.targets import find_targets
+from loftq_cli.targets import Targets
 
 # Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
 # libraries; float32 copies of the largest weight alive at once on a CPU; bytes on a GPU per weight computed at once.
@@ -159,13 +159,12 @@ def adapter_metadata(base_sha256: str = "0" * 64) -> dict[str, str]:
     return {"format": "pt", FINGERPRINT_KEY: base_sha256}
 
 
-def make_plan(checkpoint: Checkpoint, config: QuantizeConfig) -> Plan:
+def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) -> Plan:
     """Decide everything from headers and configuration.
 
     Raises:
         LoftqError: something in this model does not fit the options; names the tensors and the way out.
     """
-    targets = find_targets(checkpoint, config.trust_remote_code)
     linears, skipped, skipped_linears = apply_skips(targets, config.skip)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))

@@ -8,7 +8,9 @@ stands in, and says so.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,25 +56,38 @@ class Targets:
     note: str | None = None
 
 
-def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Targets:
-    """Find the linear weights of `checkpoint`, from its config and headers alone."""
+def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Callable[[], Targets]:
+    """Begin to find the linear weights of `checkpoint`, from its config and headers alone, and return what ends it.
+
+    In a process that is ours, and has not woken a GPU yet, another one finds them (see `lean`).
+    """
+    plainly = partial(_find, checkpoint, trust_remote_code)
     if trust_remote_code or not lean.possible():
-        return _find(checkpoint, trust_remote_code)
+        return plainly
+    lightly = lean.begin(_find_lightly, checkpoint)
+
+    def found() -> Targets:
+        try:
+            return lightly()
+        except ChildProcessError:  # perhaps for want of what was hidden
+            return plainly()
+
+    return found
+
+
+def _find_lightly(checkpoint: Checkpoint) -> Targets:
     try:
-        with lean.imports():
-            try:
-                return _find(checkpoint, light=True)
-            except LoftqError:  # a few models compute with real and with meta tensors at once
-                return _find(checkpoint)
-    except Exception:  # perhaps for want of what was hidden
-        return lean.in_fresh_process(_find, checkpoint)
+        return _find(checkpoint, light=True)
+    except LoftqError:  # a few models compute with real and with meta tensors at once
+        return _find(checkpoint)
 
 
 def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool = False) -> Targets:
     try:
         model = build(checkpoint, trust_remote_code, light)
     except UnknownModelError as error:
-        return _by_rule(checkpoint, str(error))
+        note = f"transformers could not build this model ({error}): linear layers were chosen by names and shapes"
+        return replace(guess_targets(checkpoint), note=note)
     except Exception as error:  # a broken config, a missing optional package, an error in remote code
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise LoftqError(
@@ -211,7 +226,8 @@ def _is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bo
     )
 
 
-def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
+def guess_targets(checkpoint: Checkpoint) -> Targets:
+    """The linear weights of `checkpoint` by a rule on names and shapes, without transformers."""
     linears: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for info in checkpoint.tensors.values():
@@ -241,5 +257,4 @@ def _by_rule(checkpoint: Checkpoint, reason: str) -> Targets:
         task_type="CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None,
         main_input_name="input_ids",
         has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),
-        note=f"transformers could not build this model ({reason}): linear layers were chosen by names and shapes",
     )

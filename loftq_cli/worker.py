@@ -101,7 +101,7 @@ class BatchResult:
     measured: Tensor
     watch: Stopwatch
     done: torch.cuda.Event | None = None
-    on_device: BatchResult | None = None  # what is being copied from there
+    on_device: Tensor | None = None  # what is being copied from there
 
     def wait(self) -> None:
         """Wait for the device, check what came, and let go of the device's memory.
@@ -193,18 +193,35 @@ def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResu
 
 
 def _to_host(result: BatchResult) -> BatchResult:
-    """Start the copies into pinned memory, on a stream of their own so that the next batch need not wait for them."""
-    copies = _copy_stream(result.measured.device)
+    """Start to copy it into pinned memory, in one piece, on a stream of its own: the next batch need not wait."""
+    parts = [result.measured, *result.factors, *(t for base in result.base for t in base.values() if t.is_cuda)]
+    flat = flatten(parts)
+    copies = _copy_stream(flat.device)
     copies.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(copies):
-        return replace(
-            result,
-            base=[{name: t.to("cpu", non_blocking=True) for name, t in tensors.items()} for tensors in result.base],
-            factors=[factor.to("cpu", non_blocking=True) for factor in result.factors],
-            measured=result.measured.to("cpu", non_blocking=True),
-            done=copies.record_event(torch.cuda.Event(blocking=True)),
-            on_device=result,
-        )
+        measured, *rest = unflatten(flat.to("cpu", non_blocking=True), parts)
+        done = copies.record_event(torch.cuda.Event(blocking=True))
+    factors, stored = rest[: len(result.factors)], iter(rest[len(result.factors) :])
+    base = [{name: next(stored) if t.is_cuda else t for name, t in tensors.items()} for tensors in result.base]
+    return replace(result, base=base, factors=factors, measured=measured, done=done, on_device=flat)
+
+
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """The bytes of all of them, uint8; the wider the dtype the earlier, so that each is aligned."""
+    return torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in sorted(tensors, key=_by_width)])
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Invert `flatten`: views of `flat`, in the order of `like`."""
+    views, begin = {}, 0
+    for tensor in sorted(like, key=_by_width):
+        views[id(tensor)] = flat[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        begin += tensor.nbytes
+    return [views[id(tensor)] for tensor in like]
+
+
+def _by_width(tensor: Tensor) -> int:
+    return -tensor.dtype.itemsize
 
 
 @functools.cache

@@ -88,8 +88,9 @@ def svd(model: str) -> None:
 
     from loftq_cli.checkpoint.reader import read_tensor
     from loftq_cli.config import QuantizeConfig
+    from loftq_cli.device import resolve_device
     from loftq_cli.methods import loftq, seed_for, squared_norm
-    from loftq_cli.pipeline import plan_quantize, resolve_device
+    from loftq_cli.pipeline import plan_quantize
     from loftq_cli.quantizers.base import dequantize
 
     device = resolve_device("auto")
@@ -141,8 +142,8 @@ def loop() -> None:
     """The comparison of `svd` on random heavy-tailed matrices, Student-t with three degrees of freedom."""
     import torch
 
+    from loftq_cli.device import resolve_device
     from loftq_cli.methods import loftq
-    from loftq_cli.pipeline import resolve_device
     from loftq_cli.quantizers import QUANTIZERS
     from loftq_cli.quantizers.base import dequantize
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,26 +34,24 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**MIXTRAL)),
 }
 PACKAGES = ("torchvision", "torchaudio", "sklearn", "scipy", "pandas", "torchao")
-# `_dynamo.utils`: the compiler itself, not what stands in for it; `process`: what starts a second process
-HEAVY = (*PACKAGES, "sympy", "torch._dynamo.utils", "torch.distributed.tensor", "concurrent.futures.process")
+# `_dynamo.utils`: the compiler itself, not what stands in for it
+HEAVY = (*PACKAGES, "sympy", "torch._dynamo.utils", "torch.distributed.tensor")
 
-# as `python -m loftq_cli`, with a last word about what was imported
-RUN = """
-import atexit, sys, loftq_cli.cli
-heavy = sys.argv.pop().split(",")
-atexit.register(lambda: print("imported:", [name for name in heavy if name in sys.modules], file=sys.stderr))
-loftq_cli.cli.main()
-"""
+# as `python -m loftq_cli`
+RUN = "import loftq_cli.cli; loftq_cli.cli.main()"
 # the same command in a process that is not ours: nothing is hidden
 PLAIN = "import loftq_cli.cli; loftq_cli.cli.app()"
 
 
-def run(code: str, *words: object, path: Path | None = None) -> tuple[dict[str, Any], str]:
+def run(code: str, *words: object, path: Path | None = None) -> tuple[dict[str, Any], set[str], str]:
+    """The plan, the modules that the process and its children imported, and what else they said."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path or ""), *sys.path]))}
-    command = [sys.executable, "-c", code, *DRY_RUN, *map(str, words)]
+    command = [sys.executable, "-X", "importtime", "-c", code, *DRY_RUN, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    said = "\n".join(line for line in done.stderr.splitlines() if line not in imports)
+    return json.loads(done.stdout), {line.rpartition("|")[2].strip() for line in imports}, said
 
 
 def add_package(site: Path, name: str, version: str, text: str) -> None:
@@ -66,16 +66,17 @@ def add_package(site: Path, name: str, version: str, text: str) -> None:
 def test_a_plan_imports_no_package_that_only_happens_to_be_installed(tiny_llama: Path, tmp_path: Path) -> None:
     for name, version in (("torchvision", "0.30.0"), ("sklearn", "1.9"), ("pandas", "3.0"), ("torchao", "0.18")):
         add_package(tmp_path / "site", name, version, f"raise RuntimeError('{name} was imported')")
-    plan, said = run(RUN, tiny_llama, tmp_path / "out", ",".join(HEAVY), path=tmp_path / "site")
-    assert said.splitlines()[-1] == "imported: []"
+    plan, imported, _ = run(RUN, tiny_llama, tmp_path / "out", path=tmp_path / "site")
+    assert "transformers" in imported
+    assert not imported.intersection(HEAVY)
     assert plan == run(PLAIN, tiny_llama, tmp_path / "out")[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plans_are_those_of_a_full_process(family: str, tmp_path: Path) -> None:
     FAMILIES[family]().save_pretrained(tmp_path / "model")
-    lean, said = run(RUN, tmp_path / "model", tmp_path / "out", ",".join((*PACKAGES, "concurrent.futures.process")))
-    assert "imported: []" in said
+    lean, imported, _ = run(RUN, tmp_path / "model", tmp_path / "out")
+    assert not imported.intersection(PACKAGES)
     assert lean == run(PLAIN, tmp_path / "model", tmp_path / "out")[0]
 
 
@@ -92,9 +93,9 @@ def test_a_model_that_needs_what_is_hidden_is_planned_in_a_full_process(tmp_path
         "            import kernels\n"
         "sys.meta_path.insert(0, Needy())\n"
     )
-    plan, said = run(RUN, model, tmp_path / "out", "kernels,concurrent.futures.process", path=tmp_path / "site")
-    assert said.count("needs kernels") == 3  # lightly, less lightly, in a second process
-    assert "imported: ['concurrent.futures.process']" in said
+    plan, imported, said = run(RUN, model, tmp_path / "out", path=tmp_path / "site")
+    assert said.count("needs kernels") == 3  # lightly, less lightly, in the process itself
+    assert "kernels" in imported
     assert plan == run(PLAIN, model, tmp_path / "out")[0]
 
 
@@ -103,11 +104,11 @@ def test_a_refusal_is_the_same_in_both(tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSomethingElse"]}))
     said = []
-    for code in (RUN.replace("sys.argv.pop()", "''"), PLAIN):
+    for code in (RUN, PLAIN):
         command = [sys.executable, "-c", code, *DRY_RUN, str(model), str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 1
-        said.append((done.stdout, done.stderr.partition("imported:")[0]))
+        said.append((done.stdout, done.stderr))
     assert said[0] == said[1]
     assert "LlamaForSomethingElse" in said[0][0] + said[0][1]
 
@@ -115,3 +116,35 @@ def test_a_refusal_is_the_same_in_both(tmp_path: Path) -> None:
 def test_a_library_hides_nothing_from_its_host() -> None:
     code = "from loftq_cli import lean, quantize; print(lean.possible())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_ctrl_c_while_the_model_is_built_ends_both_processes(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model", num_hidden_layers=1)
+    site, started = tmp_path / "site", tmp_path / "started"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys, os, time, importlib.abc\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'transformers.models.llama.modeling_llama':\n"
+        f"            open({str(started)!r}, 'w').write(str(os.getpid()))\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
+    command = [sys.executable, "-c", RUN, *DRY_RUN, str(model), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    while not (started.exists() and started.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    child = int(started.read_text())
+    assert child != process.pid
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

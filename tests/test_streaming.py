@@ -11,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loftq_cli import pipeline
+from loftq_cli import pipeline, worker
 from loftq_cli.checkpoint import loader
 from loftq_cli.checkpoint.loader import Loader, ahead
-from loftq_cli.checkpoint.reader import read_header
+from loftq_cli.checkpoint.reader import TensorInfo, read_header
+from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError
-from loftq_cli.jobs import make_batches
-from loftq_cli.plan import Plan
+from loftq_cli.jobs import WeightBatch, make_batches
+from loftq_cli.journal import Journal
+from loftq_cli.outputs import Outputs
+from loftq_cli.plan import Plan, make_plan
 from loftq_cli.room import Room
+from loftq_cli.targets import guess_targets
 from loftq_cli.verify import verify
 
 OPTIONS = {"bits": 2, "rank": 4, "iters": 2, "group_size": 32}
@@ -136,3 +140,40 @@ def test_too_little_gpu_memory_means_smaller_pieces_and_then_the_cpu(
     assert max(tried) > 1
     assert tried.count(1) > report["totals"]["weights"]  # some were tried twice
     assert verify(out, str(sharded_llama)).violations == ()
+
+
+def test_results_travel_as_one_tensor_and_come_apart_again() -> None:
+    tensors = [
+        torch.randn(3, 5).half(), torch.arange(7, dtype=torch.uint8), torch.randn(2, 3, dtype=torch.float64),
+        torch.randn(4, 6).T, torch.zeros(0, 3), torch.tensor(2.5), torch.randint(9, (3,), dtype=torch.int32),
+    ]  # fmt: skip
+    flat = worker.flatten(tensors)
+    assert flat.dtype == torch.uint8
+    assert flat.numel() == sum(tensor.nbytes for tensor in tensors)
+    for tensor, back in zip(tensors, worker.unflatten(flat, tensors), strict=True):
+        assert back.dtype == tensor.dtype
+        assert torch.equal(back, tensor)
+
+
+def test_a_gpu_rehearses_what_the_run_begins_with(sharded_llama: Path) -> None:
+    checkpoint = open_checkpoint(str(sharded_llama), None)
+    config = QuantizeConfig(**OPTIONS, device="cpu")
+    rehearsed = make_plan(checkpoint, config, guess_targets(checkpoint))
+    assert rehearsed.jobs == plan(sharded_llama).jobs
+    pipeline._rehearse(checkpoint, config)
+
+
+def test_what_is_copied_comes_a_shard_early(sharded_llama: Path, tmp_path: Path) -> None:
+    planned = plan(sharded_llama)
+    assert len(planned.shards) >= 3
+    journal = Journal(tmp_path / "work")
+    with Outputs(planned, tmp_path / "out", journal, torch.device("cpu")) as outputs:
+        steps = outputs.missing()
+    assert sorted(map(repr, steps)) == sorted(repr(step) for shard in planned.shards for step in shard.steps)
+    number = {shard.file: i for i, shard in enumerate(planned.shards)}
+    batches = [number[step.first.file] for step in steps if isinstance(step, WeightBatch)]
+    assert batches == sorted(batches)
+    for position, step in enumerate(steps):
+        if isinstance(step, TensorInfo) and number[step.file] > 0:
+            following = next(s for s in steps[position:] if isinstance(s, WeightBatch))
+            assert number[following.first.file] == number[step.file] - 1
