@@ -34,7 +34,7 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
 # Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
-# libraries; float32 copies of the largest weight alive at once on a CPU; bytes on a GPU per weight computed at once.
+# libraries; float32 copies of the largest batch alive at once on a CPU; bytes on a GPU per weight computed at once.
 RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 2 << 30
 WORKING_COPIES = 12
 GPU_BYTES_PER_WEIGHT = 21
@@ -44,7 +44,7 @@ INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
 
 
-BATCH_ELEMENTS = {"cuda": 100_000_000}  # of small weights computed together on a GPU, where launches would decide
+BATCH_ELEMENTS = {"cuda": 100_000_000, "cpu": 2_000_000}  # of small weights computed together, for fewer operations
 
 Step = WeightBatch | TensorInfo  # a TensorInfo is copied verbatim
 
@@ -79,11 +79,6 @@ class Plan:
     has_fused_experts: bool
     notes: tuple[str, ...]
     _stored: dict[object, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
-
-    rank = property(lambda self: self.config.rank)
-    alpha = property(lambda self: self.config.alpha)
-    rslora = property(lambda self: self.config.rslora)
-    double_quant = property(lambda self: self.config.double_quant)
 
     @property
     def block_paths(self) -> tuple[str, ...]:
@@ -124,16 +119,19 @@ class Plan:
 
     @property
     def peak_host_bytes(self) -> int:
-        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies of the largest weight."""
-        largest = max(math.prod(job.shape) for job in self.jobs)
-        return GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES + WORKING_COPIES * 4 * largest
+        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies of the largest batch."""
+        return GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES + WORKING_COPIES * 4 * self._batches[-1]
 
     @property
     def peak_device_bytes(self) -> int:
         """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
-        batches = sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
-        together = min(GPU_ELEMENTS, sum(batches[-2:]))
-        return GPU_BYTES_PER_WEIGHT * max(batches[-1], together) if self.on_gpu else 0
+        together = min(GPU_ELEMENTS, sum(self._batches[-2:]))
+        return GPU_BYTES_PER_WEIGHT * max(self._batches[-1], together) if self.on_gpu else 0
+
+    @property
+    def _batches(self) -> list[int]:
+        """Weights in each batch, rising."""
+        return sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
 
     def make_quantizer(self, job: WeightJob) -> Quantizer:
         """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""
@@ -268,7 +266,7 @@ def _other_formats(build: Callable[..., Plan]) -> str:
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
     jobs = {job.tensor: job for job in plan.jobs}
     shards = []
-    elements = BATCH_ELEMENTS.get(torch.device(plan.config.device).type, 0)
+    elements = BATCH_ELEMENTS[torch.device(plan.config.device).type]
     for file in plan.checkpoint.files:
         copies: list[Step] = []
         layout: list[TensorSpec] = []

@@ -159,6 +159,7 @@ def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResu
         weights: [B, m, n], any float dtype.
     """
     job, config = batch.first, plan.config
+    assert config.alpha is not None, "a plan has decided it"
     watch = Stopwatch(weights.device)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
     W = weights if weights.is_cuda else weights.float()
@@ -166,7 +167,7 @@ def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResu
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
     made = METHODS[config.method](W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
     with watch("quantize"):
-        scaling = peft_adapter.scaling(config.rank, plan.alpha, config.rslora)
+        scaling = peft_adapter.scaling(config.rank, config.alpha, config.rslora)
         dtype = getattr(torch, config.adapter_dtype)
         factors = peft_adapter.stored_factors(made.factors.lora_A, made.factors.lora_B, scaling, dtype)
         zero = peft_adapter.stored_factors(made.start.lora_A, made.start.lora_B, scaling, dtype)

@@ -115,12 +115,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
         skipped_linears=skipped,
         architecture=type(model).__name__,
         task_type="CAUSAL_LM",
-        rank=RANK,
-        alpha=2.0 * RANK,
-        rslora=False,
-        quantizer=quantizer,
-        group_size=group_size,
-        double_quant=double_quant,
+        config=SimpleNamespace(rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant),
         block_paths=("model.layers",),
         main_input_name="input_ids",
         model_type="llama",
@@ -141,7 +136,7 @@ def write(source: Path, out: Path, case: tuple[Any, ...], plan: Any) -> dict[str
     tensors = load_file(source / "model.safetensors")
     values = {}
     for job in plan.jobs:
-        quantizer = quantizer_for(output, job, plan.double_quant)
+        quantizer = quantizer_for(output, job, plan.config.double_quant)
         quantized = quantizer.quantize(tensors.pop(job.tensor).float())
         stored = output.tensors(job.module, quantized)
         values[job.module] = output.read(job.module, stored, quantizer.empty(*job.shape))
@@ -157,12 +152,13 @@ def write(source: Path, out: Path, case: tuple[Any, ...], plan: Any) -> dict[str
 
 def write_adapter(out: Path, plan: Any, zero_B: bool = False) -> None:
     generator = torch.Generator().manual_seed(1)
-    scaling = peft_adapter.scaling(plan.rank, plan.alpha, plan.rslora)
+    rank = plan.config.rank
+    scaling = peft_adapter.scaling(rank, plan.config.alpha, plan.config.rslora)
     tensors: dict[str, Tensor] = {}
     for job in plan.jobs:
         m, n = job.shape
-        lora_A = torch.randn(plan.rank, n, generator=generator) * 0.05
-        lora_B = torch.zeros(m, plan.rank) if zero_B else torch.randn(m, plan.rank, generator=generator) * 0.05
+        lora_A = torch.randn(rank, n, generator=generator) * 0.05
+        lora_B = torch.zeros(m, rank) if zero_B else torch.randn(m, rank, generator=generator) * 0.05
         stored = peft_adapter.stored_factors(lora_A, lora_B, scaling, torch.float32)
         tensors |= dict(zip(peft_adapter.tensor_names(job.module), stored, strict=True))
     folder = out / "loftq_init"
@@ -469,7 +465,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "block_paths": tuple(paths),
         "main_input_name": "input_ids",
         "has_fused_experts": False,
-        "double_quant": False,
+        "config": SimpleNamespace(double_quant=False),
     }
     return SimpleNamespace(**{**fields, **overrides})
 

@@ -21,7 +21,7 @@ from tests.test_resume import contents, without_times
 
 OPTIONS = ["--bits=2", "--rank=4", "--iters=2", "--group-size=32", "--device=cpu"]
 
-# rank 1 dies by SIGKILL when it is about to compute its third weight; every weight is journaled at once
+# rank 1 dies by SIGKILL when it is about to compute its third batch; every batch is journaled at once
 DYING = """
 import os, signal, time
 from loftq_cli import outputs, pipeline
@@ -107,7 +107,7 @@ def test_a_rank_that_dies_stops_the_run_and_any_number_of_ranks_resumes_it(shard
         journals = sorted(path.name for path in (out / ".loftq").glob("journal*"))
         assert journals == ["journal.1.jsonl", "journal.jsonl"]
         lines = (out / ".loftq" / "journal.1.jsonl").read_text().splitlines()
-        assert sum(len(json.loads(line).get("rows", [])) for line in lines) == 2
+        assert sum(len(json.loads(line).get("rows", [])) for line in lines) == 3  # in two batches
         resumed = run(["-m", "loftq_cli", *arguments, str(out), "--resume"], ranks)
         assert resumed.returncode == 0, resumed.stderr
         assert without_times(out) == without_times(straight)

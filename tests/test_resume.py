@@ -149,7 +149,9 @@ def test_resume_does_not_compute_again_what_is_journaled(
     journaled = Journal(out / ".loftq").rows.keys()
     assert len(journaled) >= 6
     report = pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
-    assert {batch.first.tensor for batch in computed} == {row["tensor"] for row in report["weights"]} - journaled
+    assert {job.tensor for batch in computed for job in batch.jobs} == {
+        row["tensor"] for row in report["weights"]
+    } - journaled
 
 
 def test_resume_with_other_settings_is_refused_naming_field_old_and_new(sharded_llama: Path, tmp_path: Path) -> None:

@@ -34,9 +34,7 @@ def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
     return SimpleNamespace(
         jobs=tuple(SimpleNamespace(module=name) for name in linears),
         task_type="CAUSAL_LM",
-        rank=RANK,
-        alpha=alpha,
-        rslora=rslora,
+        config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
     )
 
 
@@ -46,9 +44,9 @@ def write_adapter(folder: Path, plan: Any, names: list[str], dtype: torch.dtype,
     tensors, products = {}, {}
     for job in plan.jobs:
         m, n = job.shape
-        lora_A = torch.randn(plan.rank, n, generator=generator) * 0.1
-        lora_B = torch.randn(m, plan.rank, generator=generator) * 0.1
-        factor = scaling(plan.rank, plan.alpha, plan.rslora)
+        lora_A = torch.randn(RANK, n, generator=generator) * 0.1
+        lora_B = torch.randn(m, RANK, generator=generator) * 0.1
+        factor = scaling(RANK, plan.config.alpha, plan.config.rslora)
         stored = stored_factors(lora_A, lora_B, factor, dtype)
         tensors |= dict(zip(tensor_names(job.module), stored, strict=True))
         stored_A, stored_B = applied_factors(*stored, factor)
@@ -137,7 +135,8 @@ def test_lora_A_is_stored_as_the_method_gave_it() -> None:
 def test_config_has_no_key_that_peft_lacks() -> None:
     from peft import LoraConfig
 
-    plan = SimpleNamespace(jobs=(SimpleNamespace(module="a.b"),), task_type=None, rank=RANK, alpha=16.0, rslora=True)
+    options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
+    plan = SimpleNamespace(jobs=(SimpleNamespace(module="a.b"),), task_type=None, config=options)
     config = adapter_config(plan, "owner/name", ["", "a", "a.b", "a.c"])
     known = set(LoraConfig.__dataclass_fields__)
     assert set(config) <= known

@@ -98,6 +98,7 @@ def test_batches_hold_like_weights_whole_and_once(sharded_llama: Path) -> None:
 def test_in_batches_the_result_is_the_same_but_for_the_order_of_sums(
     sharded_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
+    monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 0})
     alone = pipeline.quantize(sharded_llama, tmp_path / "alone", **{**OPTIONS, **options, "device": "cpu"})
     monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 1 << 16})
     made = plan(sharded_llama, **options)

@@ -113,7 +113,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": plan.double_quant,
+        "bnb_4bit_use_double_quant": plan.config.double_quant,
         "bnb_4bit_compute_dtype": DTYPES[compute_dtype],
         "bnb_4bit_quant_storage": "uint8",
         # a list, even if empty: transformers reads null as "skip the output head, whatever its name"

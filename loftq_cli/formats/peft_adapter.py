@@ -56,13 +56,15 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         base_model_name_or_path: the base checkpoint, a folder or a Hub id.
         all_module_names: see `target_modules`.
     """
+    alpha = plan.config.alpha
+    assert alpha is not None, "a plan has decided it"
     return {
         "peft_type": "LORA",
         "task_type": plan.task_type,
         "base_model_name_or_path": base_model_name_or_path,
-        "r": plan.rank,
-        "lora_alpha": int(plan.alpha) if plan.alpha == int(plan.alpha) else plan.alpha,
-        "use_rslora": plan.rslora,
+        "r": plan.config.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": plan.config.rslora,
         "target_modules": target_modules((job.module for job in plan.jobs), all_module_names),
         "rank_pattern": {},
         "alpha_pattern": {},
