@@ -22,8 +22,8 @@ from bench_common import full_svd_loop, machine, print_table, relative, save, sa
 FLOOR_THREADS = (4, 8, 16)  # of the I/O floor: one run each, the best is taken
 SAMPLE_SECONDS = 0.05
 COLUMNS = {
-    "model": "", "weights": "", "source, GiB": ".1f", "processes": "", "wall, s": ".1f", "I/O floor, s": ".1f",
-    "wall / floor": ".2f", "GB/s": ".2f", "compute, s": ".1f", "full SVD loop, s": ".0f", "error ratio": ".4f",
+    "model": "", "weights": "", "source, GiB": ".1f", "processes": "", "iters": "", "wall, s": ".1f",
+    "I/O floor, s": ".1f", "wall / floor": ".2f", "GB/s": ".2f", "compute, s": ".1f", "full SVD loop, s": ".0f", "error ratio": ".4f",
     "device, GiB": ".2f", "anonymous, GiB": ".2f", "RSS, GiB": ".2f",
 }  # fmt: skip
 FLOOR_SCRIPT = Path(__file__).parent / "io_floor.py"
