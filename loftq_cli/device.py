@@ -58,6 +58,11 @@ def wait_until_ready(device: torch.device) -> None:
     _load_libraries(device)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory did not suffice: torch's own error, or its libraries', which torch does not tell apart."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 def _get_ready(device: torch.device, rehearse: Callable[[], None]) -> None:
     with suppress(Exception):  # where something is wrong, the run itself will meet it and say so
         torch.cuda.set_device(device)

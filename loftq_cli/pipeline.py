@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.writer import ShardWriter
 from loftq_cli.config import QuantizeConfig, build_config
-from loftq_cli.device import resolve_device, wake
+from loftq_cli.device import is_out_of_memory, resolve_device, wake
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
@@ -226,15 +226,18 @@ def _compute(
                 result = quantize_batch(plan, batch, weights)
             outputs.put(result, seconds)
             return
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
     with lanes.room.share(lanes.room.whole):
         _make_room(outputs)
         for i, job in enumerate(batch.jobs):
             alone, weight = WeightBatch((job,)), weights[i : i + 1]
             try:
                 result = quantize_batch(plan, alone, weight.to(device))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 _make_room(outputs)
                 result = quantize_batch(plan, alone, weight.cpu())
             outputs.put(result, seconds / len(batch.jobs))

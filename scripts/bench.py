@@ -83,12 +83,13 @@ def table(model: str) -> None:
 
 
 def svd(model: str) -> None:
-    """LoftQ's alternation as published beside ours, weight by weight, on every weight of a model."""
+    """LoftQ's alternation as published beside ours, batch by batch of a run, on every weight of a model."""
     import torch
 
     from loftq_cli.checkpoint.reader import read_tensor
     from loftq_cli.config import QuantizeConfig
     from loftq_cli.device import resolve_device
+    from loftq_cli.jobs import WeightBatch
     from loftq_cli.methods import loftq, seed_for, squared_norm
     from loftq_cli.pipeline import plan_quantize
     from loftq_cli.quantizers.base import dequantize
@@ -106,23 +107,27 @@ def svd(model: str) -> None:
             yield
             seconds[stage] += now() - start
 
-        for number, job in enumerate(plan.jobs):
-            info = plan.checkpoint.tensors[job.tensor]
-            W = read_tensor(plan.checkpoint.path(info.file), info).to(device).float()
-            quantizer, seeds = plan.make_quantizer(job), [seed_for(0, job.tensor)]
+        batches = [step for shard in plan.shards for step in shard.steps if isinstance(step, WeightBatch)]
+        for number, batch in enumerate(batches):
+            infos = [plan.checkpoint.tensors[job.tensor] for job in batch.jobs]
+            W = torch.stack([read_tensor(plan.checkpoint.path(info.file), info) for info in infos]).to(device).float()
+            quantizer, seeds = plan.make_quantizer(batch.first), [seed_for(0, job.tensor) for job in batch.jobs]
             if number == 0:  # warm up: threads, allocator, kernels
-                loftq(W[None], quantizer, RANK, iters=2, seeds=seeds)
-                torch.linalg.svd(W)
+                loftq(W, quantizer, RANK, iters=2, seeds=seeds)
+                torch.linalg.svd(W[0])
             start = now()
-            ours = loftq(W[None], quantizer, RANK, iters=ITERS, seeds=seeds)
+            ours = loftq(W, quantizer, RANK, iters=ITERS, seeds=seeds)
             seconds["ours"] += now() - start
-            loftq(W[None], quantizer, RANK, iters=ITERS, seeds=seeds, timed=timed)  # again: to time stages is to wait
-            published = full_svd_loop(W, quantizer, RANK, ITERS)
-            seconds["full SVD"] += published.seconds
-            seconds["full SVD alone"] += published.svd_seconds  # as many as our low-rank steps, and nothing else
-            squares["ours"] += squared_norm((W - dequantize(ours.quantized))[None] - ours.factors.product()).item()
-            squares["full SVD"] += squared_norm((W - published.approximation)[None]).item()
-            squares["norm"] += squared_norm(W[None]).item()
+            loftq(W, quantizer, RANK, iters=ITERS, seeds=seeds, timed=timed)  # again: to time stages is to wait
+            squares["ours"] += (
+                squared_norm(W - dequantize(ours.quantized).view(W.shape) - ours.factors.product()).sum().item()
+            )
+            for weight in W:
+                published = full_svd_loop(weight, quantizer, RANK, ITERS)
+                seconds["full SVD"] += published.seconds
+                seconds["full SVD alone"] += published.svd_seconds  # as many as our low-rank steps, and nothing else
+                squares["full SVD"] += squared_norm((weight - published.approximation)[None]).item()
+            squares["norm"] += squared_norm(W).sum().item()
         error = {key: (squares[key] / squares["norm"]) ** 0.5 for key in ("ours", "full SVD")}
         rows.append({
             "bits": bits, "quantizer": plan.config.quantizer,

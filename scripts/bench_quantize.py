@@ -23,8 +23,8 @@ FLOOR_THREADS = (4, 8, 16)  # of the I/O floor: one run each, the best is taken
 SAMPLE_SECONDS = 0.05
 COLUMNS = {
     "model": "", "weights": "", "source, GiB": ".1f", "processes": "", "iters": "", "wall, s": ".1f",
-    "I/O floor, s": ".1f", "wall / floor": ".2f", "GB/s": ".2f", "compute, s": ".1f", "full SVD loop, s": ".0f", "error ratio": ".4f",
-    "device, GiB": ".2f", "anonymous, GiB": ".2f", "RSS, GiB": ".2f",
+    "I/O floor, s": ".1f", "wall / floor": ".2f", "GB/s": ".2f", "compute, s": ".1f", "full SVD loop, s": ".0f",
+    "error ratio": ".4f", "device, GiB": ".2f", "anonymous, GiB": ".2f", "RSS, GiB": ".2f",
 }  # fmt: skip
 FLOOR_SCRIPT = Path(__file__).parent / "io_floor.py"
 MODEL_FREE_PTQ = """
@@ -145,12 +145,14 @@ def full_svd_shapes(
     for job in plan.jobs:
         shapes[tuple(job.shape), job.bits].append(job)
     device = torch.device(plan.config.device)
-    torch.linalg.svd(torch.randn(256, 256, device=device))  # warm up: the library is loaded at its first call
-    for (shape, _), jobs in sorted(shapes.items(), key=lambda item: math.prod(item[0][0])):
+    by_size = sorted(shapes.items(), key=lambda item: math.prod(item[0][0]))
+    for (shape, _), jobs in by_size:
         done = []
         for job in jobs[:: -(-len(jobs) // per_shape)]:
             with safe_open(plan.checkpoint.path(job.file), framework="pt") as file:
                 W = file.get_tensor(job.tensor).to(device).float()
+            if job is by_size[0][1][0]:  # warm up: libraries and kernels are loaded at their first call
+                full_svd_loop(W, plan.make_quantizer(job), rank, 1)
             published = full_svd_loop(W, plan.make_quantizer(job), rank, iters, rounds, limit)
             error = None if published.approximation is None else relative(W - published.approximation, W)
             done.append({
