@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from loftq_cli import __version__, lean
-from loftq_cli.errors import ConfigError, Interrupted, LoftqError, again
-
-if TYPE_CHECKING:
-    from loftq_cli.console import Out
+from loftq_cli.console import speaking
+from loftq_cli.errors import ConfigError, Interrupted, again
 
 EPILOG = """
 [bold]Examples[/]
@@ -44,7 +40,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdou
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
 VerboseFlag = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv adds tracebacks.")]
 
-QUANTIZATION, ADAPTER, INPUT, OUTPUT, HARDWARE = "Quantization", "Adapter", "Input", "Output", "Hardware"
+QUANTIZATION, ADAPTER, CALIBRATION, INPUT = "Quantization", "Adapter", "Calibration", "Input"
+OUTPUT, HARDWARE = "Output", "Hardware"
 
 
 def main() -> None:
@@ -121,7 +118,10 @@ def quantize(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="loftq or qlora (adapter starts at zero). \\[default: loftq]", rich_help_panel=ADAPTER),
+        typer.Option(
+            help="loftq, qlora (adapter starts at zero); or, from text: qera, cloq. \\[default: loftq]",
+            rich_help_panel=ADAPTER,
+        ),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the adapter. \\[default: 16]", rich_help_panel=ADAPTER)
@@ -140,6 +140,22 @@ def quantize(
     adapter_dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16. \\[default: float32]", rich_help_panel=ADAPTER),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Text that a calibrated method sees: a file (.txt; .jsonl with `text` or `messages`) or a data set "
+            "NAME:CONFIG:SPLIT. \\[default: a novel]",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows of text. \\[default: 128]", rich_help_panel=CALIBRATION)
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window. \\[default: 2048, or the model's longest]", rich_help_panel=CALIBRATION),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=INPUT)
@@ -173,12 +189,13 @@ def quantize(
     """Write a quantized base checkpoint and the LoRA adapter that repairs it."""
     flags = {
         "bits": bits, "quantizer": quantizer, "group_size": group_size, "format": format, "double_quant": double_quant,
-        "skip": tuple(skip) if skip else None, "bits_for": _bits_for(bits_for) if bits_for else None, "method": method,
+        "skip": tuple(skip) if skip else None, "bits_for": bits_for or None, "method": method,
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
+        "calibration": calibration, "samples": samples, "seqlen": seqlen,
         "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
     }  # fmt: skip
     silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks
-    with _speaking(json, quiet, verbose, silent) as output:
+    with speaking(json, quiet, verbose, silent) as output:
         from loftq_cli.config import load_config
 
         options = load_config(config, flags)
@@ -217,7 +234,7 @@ def inspect(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Show what is quantized, at how many bits, with which error; of a plain model, what would be."""
-    with _speaking(json, quiet, verbose) as output:
+    with speaking(json, quiet, verbose) as output:
         from loftq_cli import show
 
         show.inspect(output, target, html)
@@ -234,45 +251,30 @@ def verify(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so."""
-    with _speaking(json, quiet, verbose) as output:
+    with speaking(json, quiet, verbose) as output:
         from loftq_cli import show
 
         if not show.verify(output, out, source):
             raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _speaking(json: bool, quiet: bool, verbose: int, silent: bool = False) -> Iterator[Out]:
-    """Give the command its sink, and turn what it raises into a sentence and an exit code."""
-    from loftq_cli.console import Out
+@app.command("eval")
+def evaluate(
+    out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text, or a .jsonl with a `text` in every line.")],
+    source: Annotated[str | None, typer.Option(metavar="MODEL", help="What OUT was made from: measure it too.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. \\[default: 2048, if it has them]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only the first N tokens of the text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Measure perplexity on a text: base alone, base + adapter, and with --source what they were made from."""
+    with speaking(json, quiet, verbose) as sink:
+        from loftq_cli.show import perplexity
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
-    output = Out(json=json, quiet=quiet, verbose=verbose, silent=silent)
-    try:
-        yield output
-    except typer.Exit:  # a RuntimeError: must not be taken for a failure below
-        raise
-    except LoftqError as error:
-        failure = error
-    except KeyboardInterrupt:
-        failure = Interrupted("interrupted")
-    except OSError as error:
-        failure = LoftqError(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
-    except Exception as error:
-        failure = LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")
-    else:
-        return
-    if verbose >= 2:
-        traceback.print_exc()
-    output.error(failure)
-    raise typer.Exit(failure.exit_code)
-
-
-def _bits_for(entries: list[str]) -> dict[str, Any]:
-    rules: dict[str, Any] = {}
-    for entry in entries:
-        glob, equals, bits = entry.rpartition("=")
-        if not equals or not bits.isdigit():
-            raise typer.BadParameter(f"`{entry}` is not GLOB=BITS, e.g. `*.down_proj=4`", param_hint="--bits-for")
-        rules[glob] = int(bits)
-    return rules
+        perplexity(sink, out, text, source, seqlen=seqlen, max_tokens=max_tokens, batch_size=batch_size, device=device)

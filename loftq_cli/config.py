@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from loftq_cli.errors import ConfigError, did_you_mean
 
 Bits = Literal[2, 3, 4, 8]
+CALIBRATED = ("qera", "cloq")  # methods that see text
+
+
+def parse_bits_for(value: Any) -> Any:
+    """`GLOB=BITS`, or several of them, as a mapping; anything else as it is.
+
+    Raises:
+        ValueError: a string is not of this form.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    rules: dict[str, Any] = {}
+    for entry in value:
+        glob, equals, bits = str(entry).rpartition("=")
+        if not equals or not bits.isdigit():
+            raise ValueError(f"`{entry}` is not GLOB=BITS, e.g. `*.down_proj=4`")
+        rules[glob] = int(bits)
+    return rules
 
 
 class QuantizeConfig(BaseModel):
@@ -28,15 +48,19 @@ class QuantizeConfig(BaseModel):
     group_size: int = 64
     format: Literal["auto", "bnb", "gptq", "compressed-tensors", "dense"] = "auto"
     double_quant: bool = False
-    skip: tuple[str, ...] = ()
-    bits_for: dict[str, Bits] = Field(default_factory=dict)
+    skip: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
+    bits_for: Annotated[dict[str, Bits], BeforeValidator(parse_bits_for)] = Field(default_factory=dict)
 
-    method: Literal["loftq", "qlora"] = "loftq"
+    method: Literal["loftq", "qlora", "qera", "cloq"] = "loftq"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     rslora: bool = False
     iters: int = Field(default=5, ge=1)
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    calibration: str | None = None
+    samples: int = Field(default=128, ge=1)
+    seqlen: int | None = Field(default=None, ge=2)
 
     revision: str | None = None
     trust_remote_code: bool = False
@@ -52,6 +76,10 @@ class QuantizeConfig(BaseModel):
             raise ValueError("`quantizer` nf has 2, 3 or 4 bits; use `uniform` for 8")
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
+        if self.method == "cloq" and self.default_quantizer() == "nf":
+            raise ValueError("`method` cloq rounds to a grid of integers: use the quantizer `uniform`, not `nf`")
+        if self.calibration is not None and self.method not in CALIBRATED:
+            raise ValueError(f"`calibration` is for the methods {', '.join(CALIBRATED)}; `{self.method}` sees no text")
         if self.double_quant and self.default_quantizer() != "nf":
             raise ValueError("`double_quant` quantizes the scales of `nf`; `uniform` has float16 scales already")
         if self.double_quant and {self.bits, *self.bits_for.values()} != {4}:
@@ -64,6 +92,8 @@ class QuantizeConfig(BaseModel):
             return self.quantizer
         if self.format == "compressed-tensors":
             return "uniform-symmetric"
+        if self.method == "cloq":
+            return "uniform"
         only_4_bits = {self.bits, *self.bits_for.values()} == {4}
         return "nf" if only_4_bits and self.format in ("auto", "bnb", "dense") else "uniform"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -22,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import Interrupted, LoftqError
 
 TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
 
@@ -106,3 +109,28 @@ class Out:
                     self.note(f"{label} {name}")
 
             yield advance
+
+
+@contextmanager
+def speaking(json_only: bool, quiet: bool, verbose: int, silent: bool = False) -> Iterator[Out]:
+    """Give the command its sink, and turn what it raises into a sentence and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
+    output = Out(json=json_only, quiet=quiet, verbose=verbose, silent=silent)
+    try:
+        yield output
+    except typer.Exit:  # a RuntimeError: must not be taken for a failure below
+        raise
+    except LoftqError as error:
+        failure = error
+    except KeyboardInterrupt:
+        failure = Interrupted("interrupted")
+    except OSError as error:
+        failure = LoftqError(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
+    except Exception as error:
+        failure = LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")
+    else:
+        return
+    if verbose >= 2:
+        traceback.print_exc()
+    output.error(failure)
+    raise typer.Exit(failure.exit_code)

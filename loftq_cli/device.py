@@ -53,39 +53,45 @@ def is_waking() -> bool:
 
 def wait_until_ready(device: torch.device) -> None:
     """Wait for `wake`, or do what must be done before several threads use the GPU."""
+    if device.type != "cuda":
+        return
     if _waking is not None:
         _waking.join()
-    _load_libraries(device)
+    try:
+        _load_libraries(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory did not suffice: torch's own error, or its libraries', which torch does not tell apart."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether a GPU's memory did not suffice: torch's own error, or CUDA's and its libraries', known by their words."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _get_ready(device: torch.device, rehearse: Callable[[], None]) -> None:
     with suppress(Exception):  # where something is wrong, the run itself will meet it and say so
         torch.cuda.set_device(device)
-        beside = [threading.Thread(target=work, args=(device,), daemon=True) for work in (_pin, _load_libraries)]
-        for thread in beside:
-            thread.start()
-        fused()  # mostly Python's work, the others' is not
-        for thread in beside:
-            thread.join()
+        beside = threading.Thread(target=_prepare_memory, args=(device,), daemon=True)
+        beside.start()
+        fused()  # mostly Python's work, the other is not
+        beside.join()
         rehearse()
 
 
-def _pin(device: torch.device) -> None:
-    """Have torch take, and keep, pinned memory for what is read, and as much for what is written."""
+def _prepare_memory(device: torch.device) -> None:
+    """Have torch take, and keep, pinned memory for what is read, and load its libraries."""
     with suppress(Exception):
         torch.cuda.set_device(device)
-        kept = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(4 * GPU_THREADS)]
+        kept = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2 * GPU_THREADS)]
         del kept
+        _load_libraries(device)
 
 
 def _load_libraries(device: torch.device) -> None:
     """Have torch load its linear algebra, which it cannot do in two threads at a time."""
-    with suppress(torch.OutOfMemoryError), torch.cuda.device(device):
+    with torch.cuda.device(device):
         eye = torch.eye(32, dtype=torch.float64, device=device).repeat(2, 1, 1)
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(eye).L, eye, upper=False)
         torch.linalg.eigh(eye)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -45,9 +46,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean `{near[0]}`? {listed}" if near else listed
 
 
-def again(flag: str) -> str:
-    """This process's `loftq` command line with `flag` added, to be typed again; in another program, the flag alone."""
+def again(*flags: str) -> str:
+    """This process's `loftq` command line with `flags` added, to be typed again; in another program, they alone."""
     if Path(sys.argv[0]).name not in ("loftq", "__main__.py"):
-        return flag
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite", flag)]
-    return shlex.join(["loftq", *words, flag])
+        return shlex.join(flags)
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    several = "TORCHELASTIC_RUN_ID" in os.environ
+    command = "torchrun … -m loftq_cli" if several else "loftq"  # it does not tell how it was started
+    return f"{command} {shlex.join([*words, *flags])}"

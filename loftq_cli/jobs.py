@@ -98,7 +98,7 @@ def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
     return LoftqError(
         f"`{flag} {glob}` matches no linear layer",
         "globs are matched against whole module names, e.g. `*.down_proj` or `model.layers.0.*`; "
-        + did_you_mean(glob.rpartition(".")[2], kinds),
+        + (f"did you mean `*.{glob}`?" if glob in kinds else did_you_mean(glob.rpartition(".")[2], kinds)),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from loftq_cli.device import wait_until_ready
 from loftq_cli.plan import GPU_ELEMENTS
 from loftq_cli.room import Room
 
@@ -49,7 +48,6 @@ class Lanes:
     def __enter__(self) -> Lanes:
         self._interval = sys.getswitchinterval()
         if self._count > 1:
-            wait_until_ready(self._device)
             sys.setswitchinterval(SWITCH_SECONDS)
         return self
 

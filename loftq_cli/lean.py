@@ -10,6 +10,7 @@ own process, where nothing is hidden.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -28,6 +29,8 @@ UNNEEDED = (
     "soundfile", "torchao", "torchaudio", "torchcodec", "torchvision",
 )  # fmt: skip
 COMPILER = "torch._dynamo"
+PATIENCE_SECONDS = 300  # planning takes a second or two; on a slow network disk, a minute
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 _claimed, _gc_threshold = False, gc.get_threshold()
 
@@ -36,6 +39,9 @@ def claim_process() -> None:
     """Say that this process runs nothing but the `loftq` command: a library must not fork its host."""
     global _claimed
     _claimed = True
+    # By default its threads spin so long for each other that a run beside any busy process takes five times as long;
+    # alone, this costs 3 %, and not to spin at all would cost 200 %.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.set_threshold(200_000)  # imports make a million objects that stay: looking for garbage among them takes 0.7 s
 
 
@@ -47,24 +53,29 @@ def possible() -> bool:
 def begin(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     """Begin `function(*arguments)` with lean imports, in a forked process; what is returned waits for the result.
 
-    That raises ChildProcessError if the child has failed, whatever the reason.
+    That raises ChildProcessError if there is none, whatever the reason; the child is gone in any case.
     """
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(receiver, sender, function, *arguments), daemon=True)
-    child.start()
+    with suppress(OSError):  # no process to be had, which shows as the end of the pipe
+        child.start()
     sender.close()
 
     def result() -> Any:
         try:
+            if not receiver.poll(PATIENCE_SECONDS):
+                raise TimeoutError
             return receiver.recv()
-        except EOFError:
-            raise ChildProcessError("planning with lean imports has failed") from None
+        except Exception as error:  # it has ended, or was killed in the middle of a word, or hangs
+            raise ChildProcessError("planning with lean imports has failed") from error
         finally:
             receiver.close()
-            child.join()
+            if child.pid is not None:
+                child.kill()
+                child.join()
             gc.freeze()
             gc.set_threshold(*_gc_threshold)
 
@@ -72,9 +83,10 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 def _answer(receiver: Any, sender: Any, function: Callable[..., Any], *arguments: Any) -> None:
-    receiver.close()  # so that nobody is left to wait for where the parent has gone
+    receiver.close()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the parent, too, which says what there is to say
     with suppress(Exception):  # the parent will meet it again, or not; or it has gone
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         _hide()
         sender.send(function(*arguments))
     sender.close()

@@ -46,11 +46,17 @@ def build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
         trust_remote_code: run those.
         light: see `_Light`; the modules and shapes are the same.
     """
-    with _quiet():
-        return _build(checkpoint, trust_remote_code, light)
+    with _quiet(), torch.device("meta"), _Light() if light else nullcontext():
+        return _build(checkpoint, trust_remote_code)
 
 
-def _build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
+def build_to_run(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """Build it with its parameters alone on the meta device: buffers, such as rotary frequencies, hold their values."""
+    with _quiet(), _parameters_on_meta():
+        return _build(checkpoint, trust_remote_code).eval()
+
+
+def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -59,8 +65,7 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
         arguments = {"revision": checkpoint.revision, "trust_remote_code": True}
         config = transformers.AutoConfig.from_pretrained(checkpoint.model, **arguments)
         auto = next(name for name, _, _ in AUTO_CLASSES if name in source["auto_map"])
-        with torch.device("meta"):
-            return getattr(transformers, auto).from_config(config, trust_remote_code=True)
+        return getattr(transformers, auto).from_config(config, trust_remote_code=True)
     if source.get("model_type") not in CONFIG_MAPPING:
         hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
         raise UnknownModelError(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
@@ -69,8 +74,23 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise LookupError(f"it has no class `{architecture}`, which config.json names under `architectures`")
-    with torch.device("meta"), _Light() if light else nullcontext():
-        return model_class(config)
+    return model_class(config)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # else it is shared already
+            param = torch.nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Light(TorchFunctionMode):

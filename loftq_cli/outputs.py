@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,16 +16,16 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
-from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, file_bytes, is_unfinished
-from loftq_cli.formats import peft_adapter
+from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
 from loftq_cli.jobs import WeightBatch
-from loftq_cli.journal import WORK_FOLDER, Journal
-from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, Step, adapter_metadata
+from loftq_cli.journal import Journal
+from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
+from loftq_cli.resume import adapter_names, growing
 from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, row_dict
 
-COMMIT_SECONDS = 0.2  # of work that a kill loses, at most; so little, because the rest waits to be flushed at the end
+COMMIT_SECONDS = 0.2  # between commits: a kill loses that and what is in flight; little is left to flush at the end
 GPU_THREADS, CPU_THREADS = 8, 1  # a hash takes 1.4 GB/s, and every byte is hashed twice
 WAITING_BYTES = 1 << 30  # of results and copies that are written or wait for it, at most
 COPY_BYTES = 2 * CHUNK_BYTES  # of memory that copying a tensor takes
@@ -38,40 +39,6 @@ class _Pending:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     whole: dict[str, str] = field(default_factory=dict)
-
-
-def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
-    """Make the journal claim only what is really there.
-
-    To be journaled before any file is made: a fresh one has its full size, and zeros where tensors would be.
-    """
-
-    def forget(file: str, layout: Sequence[TensorSpec], metadata: dict[str, str]) -> None:
-        written = journal.file(file).written
-        if not is_unfinished(_growing(out, file), out / file, layout, metadata, written):
-            written.clear()
-
-    forget(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
-    for shard in plan.shards:
-        if not _is_whole(plan, shard, out, journal):
-            journal.file(shard.file).sha256 = None
-            forget(shard.file, shard.layout, shard.metadata)
-
-
-def _growing(out: Path, file: str) -> Path:
-    """Where a file is until it is whole."""
-    return out / WORK_FOLDER / Path(file).name
-
-
-def _is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
-    """Whether an earlier session finished this shard, and its files are still there."""
-    path, adapter = out / shard.file, journal.file(ADAPTER_FILE).written
-    return (
-        journal.file(shard.file).sha256 is not None
-        and path.exists()
-        and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
-        and all(adapter.issuperset(_adapter_names(step)) for step in shard.steps if isinstance(step, WeightBatch))
-    )
 
 
 class Outputs:
@@ -98,8 +65,9 @@ class Outputs:
             if journal.file(shard.file).sha256 is None
         }
         self._left: Counter[str] = Counter()
-        on_gpu = (GPU_THREADS, "loftq-write", torch.cuda.set_device, (device,))
-        self._pool = ThreadPoolExecutor(*(on_gpu if device.type == "cuda" else (CPU_THREADS,)))
+        on_gpu = device.type == "cuda"
+        begin = partial(torch.cuda.set_device, device) if on_gpu else None
+        self._pool = ThreadPoolExecutor(GPU_THREADS if on_gpu else CPU_THREADS, "loftq-write", begin)
         self._room = Room(WAITING_BYTES)
         self._futures: list[Future[None]] = []
         self._finished: list[tuple[str, int]] = []
@@ -107,18 +75,23 @@ class Outputs:
         self._pending, self._since, self._lost = _Pending(), time.perf_counter(), False
 
     def missing(self) -> list[Step]:
-        """The steps whose results are not all on disk, copies a shard early: a file's hash often waits for one."""
-        steps: list[tuple[float, Step]] = []
+        """The steps whose results are not all on disk, copies a shard early: a file's hash often waits for one.
+
+        But not where the shard is yet to be downloaded, for which results would wait.
+        """
+        early = self.plan.checkpoint.is_local
+        steps: list[tuple[int, Step]] = []
         for number, shard in enumerate(self.plan.shards):
             writer = self._shards.get(shard.file)
             for step in shard.steps:
                 if writer is None or self._is_done(step, writer):
                     self._report(step)
                     continue
-                steps.append((number - 1.5 if isinstance(step, TensorInfo) else number, step))
+                is_copy = isinstance(step, TensorInfo)
+                steps.append((2 * number - 3 if is_copy and early else 2 * number, step))
                 writer.forget([step.name] if isinstance(step, TensorInfo) else self._base_names(step))
                 if isinstance(step, WeightBatch):
-                    self.adapter.forget(_adapter_names(step))
+                    self.adapter.forget(adapter_names(step))
         return [step for _, step in sorted(steps, key=lambda pair: pair[0])]
 
     def expect(self, steps: Iterable[Step]) -> None:
@@ -216,7 +189,7 @@ class Outputs:
         # the adapter's metadata is known at the very end
         ahead = file != ADAPTER_FILE
         return ShardWriter(
-            _growing(self.out, file), self.out / file, layout, metadata, written, join=join, hash_ahead=ahead
+            growing(self.out, file), self.out / file, layout, metadata, written, join=join, hash_ahead=ahead
         )
 
     def _is_done(self, step: Step, writer: ShardWriter) -> bool:
@@ -225,7 +198,7 @@ class Outputs:
         return (
             all(job.tensor in self.journal.rows for job in step.jobs)
             and writer.written.issuperset(self._base_names(step))
-            and self.adapter.written.issuperset(_adapter_names(step))
+            and self.adapter.written.issuperset(adapter_names(step))
         )
 
     def _base_names(self, batch: WeightBatch) -> list[str]:
@@ -290,7 +263,3 @@ class Outputs:
         with self._lock:
             self._pending.whole[file] = sha256
         self.commit()
-
-
-def _adapter_names(batch: WeightBatch) -> list[str]:
-    return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]

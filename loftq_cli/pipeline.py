@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 
 from loftq_cli import __version__
+from loftq_cli.batches import compute_batch, load_batch, rehearse
+from loftq_cli.blocks import BlockRow, describe, prepare, run_blocks
+from loftq_cli.calibration.text import Calibration
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
 from loftq_cli.checkpoint.reader import TensorInfo
-from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.checkpoint.writer import ShardWriter
 from loftq_cli.config import QuantizeConfig, build_config
-from loftq_cli.device import is_out_of_memory, resolve_device, wake
+from loftq_cli.device import resolve_device, wait_until_ready, wake
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
@@ -34,7 +38,7 @@ from loftq_cli.journal import (
 )
 from loftq_cli.lanes import Lanes
 from loftq_cli.lowrank import full_precision
-from loftq_cli.outputs import Outputs, forget_lost
+from loftq_cli.outputs import Outputs
 from loftq_cli.plan import (
     ADAPTER_FILE,
     INDEX_FILE,
@@ -49,8 +53,8 @@ from loftq_cli.plan import (
 )
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report, model_card
-from loftq_cli.targets import find_targets, guess_targets
-from loftq_cli.worker import quantize_batch
+from loftq_cli.resume import forget_lost
+from loftq_cli.targets import find_targets
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
 FINISHED = -1  # told to the other ranks instead of a journal's number
@@ -61,24 +65,15 @@ Progress = Callable[[str, int], None]  # called with a module name and its sourc
 def plan_quantize(model: str, config: QuantizeConfig, *, to_run: bool = False) -> Plan:
     """Read headers and decide everything; `model` is a folder or a Hub id. Nothing is written.
 
-    With `to_run` a GPU is got ready at the same time.
+    With `to_run` a GPU is got ready at the same time, by threads and memory that a library must not take unasked.
     """
     checkpoint = open_checkpoint(model, config.revision)
     targets = find_targets(checkpoint, config.trust_remote_code)
     device = resolve_device(config.device)
     decided = config.model_copy(update={"device": str(device)})
     if to_run:
-        wake(device, partial(_rehearse, checkpoint, decided))
+        wake(device, partial(rehearse, checkpoint, decided))
     return make_plan(checkpoint, decided, targets())
-
-
-def _rehearse(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
-    """Compute noise as the run will probably compute its first batch: what a GPU does for the first time is slow."""
-    plan = make_plan(checkpoint, config, guess_targets(checkpoint))
-    batch = next(step for shard in plan.shards for step in shard.steps if isinstance(step, WeightBatch))
-    shape = (len(batch.jobs), *batch.first.shape)
-    quantize_batch(plan, batch, torch.randn(shape, dtype=batch.first.stored_dtype, device=config.device)).wait()
-    torch.cuda.empty_cache()  # it would stay with this thread's stream (nothing is done without a GPU)
 
 
 def quantize(
@@ -106,7 +101,7 @@ def quantize(
         LoftqError: anything that stops the run; what is done stays in `out` for `resume`.
     """
     config = config or build_config(options)
-    plan = plan_quantize(str(model), config, to_run=True)
+    plan = plan_quantize(str(model), config)
     return run_plan(plan, Path(out), resume=resume, overwrite=overwrite, progress=progress)
 
 
@@ -120,7 +115,8 @@ def run_plan(
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share."""
-    identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config))
+    calibration = prepare(plan, ranks.size) if plan.is_calibrated else None
+    identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config, calibration))
     device = torch.device(plan.config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -141,10 +137,10 @@ def run_plan(
         journal.begin(identity, planned_files(plan))
         with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
             ranks.tell(journal.number)
-            run_steps(plan, outputs, device, ranks, progress)
+            blocks = run_steps(plan, outputs, device, ranks, progress, calibration)
             if ranks.size > 1:
                 journal.load()  # the other ranks' rows
-            report = finish(plan, out, outputs.adapter, journal, device)
+            report = finish(plan, out, outputs.adapter, journal, device, calibration, blocks)
     ranks.wait()
     return report
 
@@ -170,9 +166,21 @@ def _follow(
     return read_finished(out)
 
 
-def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, progress: Progress) -> None:
-    """Read ahead, compute, write behind: all at the same time, with a bounded number of weights under way."""
+def run_steps(
+    plan: Plan,
+    outputs: Outputs,
+    device: torch.device,
+    ranks: Ranks,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> list[BlockRow]:
+    """Read ahead, compute, write behind: all at the same time, with a bounded number of weights under way.
+
+    With `calibration`, weights in transformer blocks come afterwards, block by block.
+    """
     steps = ranks.share(outputs.missing())
+    in_blocks = [step for step in steps if calibration and isinstance(step, WeightBatch) and step.first.block]
+    blocks: list[BlockRow] = []
     ranks.wait()  # all ranks have read what is missing, before any of them journals more
     outputs.expect(steps)
 
@@ -180,75 +188,41 @@ def run_steps(plan: Plan, outputs: Outputs, device: torch.device, ranks: Ranks, 
         for name, size in outputs.finished():
             progress(name, size)
 
-    with closing(Loader(device)) as loader, Lanes(device) as lanes, full_precision():
+    wait_until_ready(device)  # who gets it ready sets precisions, too
+    with full_precision(), closing(Loader(device)) as loader, Lanes(device) as lanes:
 
         def load(step: Step) -> Loading | None:
-            return None if isinstance(step, TensorInfo) else _load(plan, step, loader, lanes, outputs)
+            return None if isinstance(step, TensorInfo) else load_batch(plan, step, loader, lanes, outputs)
 
-        for step, loading in ahead(steps, load, READ_AHEAD[device.type]):
+        beside = [step for step in steps if step not in in_blocks] if in_blocks else steps
+        for step, loading in ahead(beside, load, READ_AHEAD[device.type]):
             if isinstance(step, TensorInfo):
                 outputs.copy(step)
             elif loading is not None:
-                lanes.submit(_compute, plan, step, loading, outputs, lanes, device)
+                lanes.submit(compute_batch, plan, step, loading, outputs, lanes, device)
             report()
         lanes.wait()
+        for row in run_blocks(plan, in_blocks, calibration, outputs, device) if calibration else ():
+            blocks.append(row)
+            report()
     outputs.drain()
     outputs.commit()
     ranks.wait()
     outputs.finish_shards()
     ranks.wait()
     report()
+    return blocks
 
 
-def _load(plan: Plan, batch: WeightBatch, loader: Loader, lanes: Lanes, outputs: Outputs) -> Loading:
-    """Begin to read a batch; onto the CPU where the GPU has no room even when nothing else is on it."""
-    infos = [plan.checkpoint.tensors[job.tensor] for job in batch.jobs]
-    tensors = [(plan.checkpoint.path(info.file), info) for info in infos]
-    try:
-        return loader.load(tensors)
-    except torch.OutOfMemoryError:
-        lanes.wait()
-        _make_room(outputs)
-    try:
-        return loader.load(tensors)
-    except torch.OutOfMemoryError:
-        return loader.load(tensors, torch.device("cpu"))
-
-
-def _compute(
-    plan: Plan, batch: WeightBatch, loading: Loading, outputs: Outputs, lanes: Lanes, device: torch.device
-) -> None:
-    """Compute a batch; its weights one by one and alone where the GPU's memory is too small, or on the CPU."""
-    weights, seconds = loading.wait()
-    if weights.device.type == device.type:
-        try:
-            with lanes.room.share(batch.parameters):
-                result = quantize_batch(plan, batch, weights)
-            outputs.put(result, seconds)
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-    with lanes.room.share(lanes.room.whole):
-        _make_room(outputs)
-        for i, job in enumerate(batch.jobs):
-            alone, weight = WeightBatch((job,)), weights[i : i + 1]
-            try:
-                result = quantize_batch(plan, alone, weight.to(device))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                _make_room(outputs)
-                result = quantize_batch(plan, alone, weight.cpu())
-            outputs.put(result, seconds / len(batch.jobs))
-
-
-def _make_room(outputs: Outputs) -> None:
-    outputs.drain()
-    torch.cuda.empty_cache()
-
-
-def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device: torch.device) -> dict[str, Any]:
+def finish(
+    plan: Plan,
+    out: Path,
+    adapter: ShardWriter,
+    journal: Journal,
+    device: torch.device,
+    calibration: Calibration | None,
+    blocks: Sequence[BlockRow],
+) -> dict[str, Any]:
     """Write what surrounds the shards; index, config.json and report last, so that OUT is never half loadable."""
     late = {"config.json": _json_bytes(output_config(plan))}
     if plan.checkpoint.index is not None:
@@ -269,6 +243,9 @@ def finish(plan: Plan, out: Path, adapter: ShardWriter, journal: Journal, device
     for name, data in late.items():
         write_file(out / name, data)
     report = build_report(plan, journal, files, adapter_config, device)
+    if calibration is not None:
+        report["config"]["calibration_tokens"] = describe(calibration)["sha256"]
+        report["calibration"] = {**describe(calibration), "blocks": [asdict(block) for block in blocks]}
     write_file(out / "README.md", model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
     journal.remove()
@@ -286,9 +263,10 @@ def _refuse_source_as_out(plan: Plan, out: Path) -> None:
         raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")
 
 
-def identity_config(config: QuantizeConfig) -> dict[str, Any]:
-    """The configuration as the journal and the report hold it: the device by its kind."""
-    return {**config.model_dump(mode="json"), "device": torch.device(config.device).type}
+def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> dict[str, Any]:
+    """The configuration as the journal holds it: the device by its kind, and calibration by its tokens."""
+    tokens = {"calibration_tokens": describe(calibration)["sha256"]} if calibration is not None else {}
+    return {**config.model_dump(mode="json"), "device": torch.device(config.device).type, **tokens}
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
-from loftq_cli.config import QuantizeConfig
+from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, peft_adapter
 from loftq_cli.formats.base import Format
@@ -35,15 +35,13 @@ from loftq_cli.targets import Targets
 
 # Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
 # libraries; float32 copies of the largest batch alive at once on a CPU; bytes on a GPU per weight computed at once.
-RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 2 << 30
+RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 3 << 30
 WORKING_COPIES = 12
 GPU_BYTES_PER_WEIGHT = 21
 GPU_ELEMENTS = 200_000_000  # weights that are computed at once on a GPU, at most; a larger one is computed alone
 ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FINGERPRINT_KEY = "loftq_base_sha256"
-
-
 BATCH_ELEMENTS = {"cuda": 100_000_000, "cpu": 2_000_000}  # of small weights computed together, for fewer operations
 
 Step = WeightBatch | TensorInfo  # a TensorInfo is copied verbatim
@@ -113,13 +111,18 @@ class Plan:
         return file_bytes(self.adapter_layout, adapter_metadata())
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether the method sees text, and so works on transformer blocks, one weight at a time."""
+        return self.config.method in CALIBRATED
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the weights are computed on a GPU."""
         return torch.device(self.config.device).type == "cuda"
 
     @property
     def peak_host_bytes(self) -> int:
-        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies of the largest batch."""
+        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies; activations apart."""
         return GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES + WORKING_COPIES * 4 * self._batches[-1]
 
     @property
@@ -266,7 +269,7 @@ def _other_formats(build: Callable[..., Plan]) -> str:
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
     jobs = {job.tensor: job for job in plan.jobs}
     shards = []
-    elements = BATCH_ELEMENTS[torch.device(plan.config.device).type]
+    elements = 0 if plan.is_calibrated else BATCH_ELEMENTS[torch.device(plan.config.device).type]
     for file in plan.checkpoint.files:
         copies: list[Step] = []
         layout: list[TensorSpec] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,9 +15,10 @@ from rich.filesize import decimal as size
 
 from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
-from loftq_cli.config import QuantizeConfig
+from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import TABLE_WIDTH, Out
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, again
+from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
 from loftq_cli.pipeline import plan_quantize
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 LAYER_COLUMNS = (("layers", "left"), ("weights", "right"), ("shape", "left"), ("bits", "right"))
+SHOWN = 20  # violations
 ERROR_COLUMNS = (("base alone", "right"), ("base + adapter", "right"))
 
 
@@ -82,6 +85,11 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
+    if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED:
+        output.note(
+            "made without looking at text, a 2-bit model hardly speaks before it is fine-tuned; one that does: "
+            f"`{again('--method', 'cloq', '--overwrite')}`"
+        )
     check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])
     output.result(f"\nCheck it:\n\n  {check}")
 
@@ -118,8 +126,10 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     with output.progress("verifying", total) as advance:
         verdict = verification.verify(out, source, advance)
     output.data({**asdict(verdict), "ok": not verdict.violations})
-    for violation in verdict.violations:
+    for violation in verdict.violations[:SHOWN]:
         output.result(f"✗ {violation}")
+    if len(verdict.violations) > SHOWN:
+        output.result(f"✗ and {len(verdict.violations) - SHOWN} more (`--json` has them all)")
     if verdict.violations:
         return False
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")
@@ -131,6 +141,21 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     else:
         output.note("give `--source MODEL` to recompute every weight's error as well")
     return True
+
+
+def perplexity(output: Out, out: Path, text: Path, source: str | None, **options: Any) -> None:
+    """Measure and print perplexities; `options` are those of `evaluate`."""
+    measured = evaluate(out, text, source, progress=output.progress, **options)
+    for note in measured.notes:
+        output.warning(note)
+    told = asdict(measured)
+    for row in told["rows"]:  # JSON has no numbers for inf and nan
+        row |= {key: None for key in ("nll", "perplexity") if not math.isfinite(row[key])}
+    output.data(told)
+    rows = [(row.name, f"{row.nll:.6f}", f"{row.perplexity:.6g}") for row in measured.rows]
+    columns = (("model", "left"), ("nats per token", "right"), ("perplexity", "right"))
+    output.table(f"{out} on {text}", columns, rows)
+    output.result(measured.protocol)
 
 
 def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:

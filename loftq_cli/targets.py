@@ -59,7 +59,7 @@ class Targets:
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Callable[[], Targets]:
     """Begin to find the linear weights of `checkpoint`, from its config and headers alone, and return what ends it.
 
-    In a process that is ours, and has not woken a GPU yet, another one finds them (see `lean`).
+    In a process that is ours, another one finds them (see `lean`): to be called before this one wakes a GPU.
     """
     plainly = partial(_find, checkpoint, trust_remote_code)
     if trust_remote_code or not lean.possible():
@@ -99,7 +99,8 @@ def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool =
 
 def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     modules = dict(model.named_modules())
-    module_of, converted = _module_of_tensor(checkpoint, model, modules)
+    keys, converted = state_keys(checkpoint, model)
+    module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}
     head = model.get_output_embeddings()
     tied = _tied_names(model)
     retargeted = _retargeted_by_peft(checkpoint.config.get("model_type"))
@@ -160,10 +161,8 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     )
 
 
-def _module_of_tensor(
-    checkpoint: Checkpoint, model: Any, modules: dict[str, torch.nn.Module]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Map tensor names to module names, and converted tensors (fused, split, permuted on load) to the pattern."""
+def state_keys(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Map tensor names to keys of the state dict; and converted tensors (fused, split, permuted on load) to why."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -171,7 +170,7 @@ def _module_of_tensor(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    module_of: dict[str, str] = {}
+    keys: dict[str, str] = {}
     converted: dict[str, str] = {}
     for name in checkpoint.tensors:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -179,9 +178,9 @@ def _module_of_tensor(
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         if pattern is not None:
             converted[name] = pattern
-        elif renamed in state and (module := renamed.rpartition(".")[0]) in modules:
-            module_of[name] = module
-    return module_of, converted
+        elif renamed in state:
+            keys[name] = renamed
+    return keys, converted
 
 
 def _retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:

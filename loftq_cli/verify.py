@@ -68,7 +68,8 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     its adapter_config.json states, and the error against the source must be the one in the report.
     """
     report = read_report(out)
-    violations = _check_files(out, report) + _check_tensors(out, report) + _check_adapter(out, report)
+    violations = _check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
+    violations += _check_tensors(out, report)
     violations += _check_totals(report)
     if source is None:
         return Verdict(len(report["files"]), 0, None, tuple(violations))

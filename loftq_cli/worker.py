@@ -6,9 +6,11 @@ import functools
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.methods import METHODS, seed_for, squared_norm
+from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, output_error, seed_for, squared_norm
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import residual as residual_of
 from loftq_cli.quantizers.base import unstack
@@ -39,6 +41,10 @@ class WeightRow:
     relative_error: float
     relative_error_without_adapter: float
     norm: float
+    output_error: float | None  # ‖X(W − Ŵ)ᵀ‖_F / ‖XWᵀ‖_F on the calibration samples, and on samples held out
+    output_error_without_adapter: float | None
+    held_out_output_error: float | None
+    held_out_output_error_without_adapter: float | None
     sha256: dict[str, str]  # of each stored tensor's bytes, so that `verify` can name what was changed
     seconds: float
 
@@ -88,8 +94,9 @@ class Stopwatch:
 class BatchResult:
     """The result of a batch on its way from the device; `wait` for it, then it can be looked at.
 
-    Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 4]: squared norms of the
-    weight and of the error without and with the adapter, iterations.
+    Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 1 + 3 K]: iterations,
+    and squared norms of the weight and of the error without and with the adapter, in each of K metrics: plain (K = 1),
+    or also those of the Gram matrices of calibration and of held-out samples (K = 3).
     """
 
     plan: Plan
@@ -103,17 +110,21 @@ class BatchResult:
     done: torch.cuda.Event | None = None
     on_device: Tensor | None = None  # what is being copied from there
 
+    def ready(self) -> None:
+        """Wait for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+
     def wait(self) -> None:
         """Wait for the device, check what came, and let go of the device's memory.
 
         Raises:
             LoftqError: NaN or infinite values, or scales beyond float16; names the tensor.
         """
-        if self.done is not None:
-            self.done.synchronize()
+        self.ready()
         assert self.weights is not None
         for i, job in enumerate(self.batch.jobs):
-            if not self.measured[i, :2].isfinite().all():
+            if not self.measured[i, 1:3].isfinite().all():
                 raise _refusal(job, self.weights[i].float())
         self.weights = self.on_device = None
 
@@ -127,7 +138,11 @@ class BatchResult:
         """Each weight's tensors and row, after `wait`."""
         seconds = sum(self.watch.seconds().values()) / len(self.batch.jobs)
         for i, job in enumerate(self.batch.jobs):
-            norm2, before2, after2, iterations = self.measured[i].tolist()
+            iterations, *squares = self.measured[i].tolist()
+            in_metrics = zip(squares[::3], squares[1::3], squares[2::3], strict=True)
+            pairs = [(relative(before, norm), relative(after, norm)) for norm, before, after in in_metrics]
+            (before, after), *of_outputs = pairs
+            measured = [*of_outputs, (None, None), (None, None)]
             names = peft_adapter.tensor_names(job.module)
             adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)}
             row = WeightRow(
@@ -141,31 +156,40 @@ class BatchResult:
                 rank=self.plan.config.rank,
                 device=self.device.type,
                 iterations=int(iterations),
-                relative_error=relative(after2, norm2),
-                relative_error_without_adapter=relative(before2, norm2),
-                norm=norm2**0.5,
+                relative_error=after,
+                relative_error_without_adapter=before,
+                norm=squares[0] ** 0.5,
+                output_error=measured[0][1],
+                output_error_without_adapter=measured[0][0],
+                held_out_output_error=measured[1][1],
+                held_out_output_error_without_adapter=measured[1][0],
                 sha256={name: hash_tensor(tensor) for name, tensor in {**self.base[i], **adapter}.items()},
                 seconds=round(seconds, 6),
             )
             yield WeightResult(self.base[i], adapter, row)
 
 
-def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResult:
+def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor, grams: Sequence[Tensor] = ()) -> BatchResult:
     """Run the plan's method on a batch, on the device of `weights`, without waiting for a GPU.
 
     Args:
         plan: the decided options.
         batch: which weights they are.
         weights: [B, m, n], any float dtype.
+        grams: [n, n] of what all of them multiply, of calibration and of held-out samples; none for a weight-only
+            method, which stands in for a calibrated one where nothing was seen.
     """
     job, config = batch.first, plan.config
     assert config.alpha is not None, "a plan has decided it"
     watch = Stopwatch(weights.device)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
-    W = weights if weights.is_cuda else weights.float()
+    W = weights if weights.is_cuda and not grams else weights.float()
     quantizer = plan.make_quantizer(job)
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
-    made = METHODS[config.method](W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+    method: Callable[..., Decomposition] = METHODS.get(config.method, METHODS["loftq"])
+    if grams:
+        method = partial(GRAM_METHODS[config.method], gram=grams[0])
+    made = method(W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
     with watch("quantize"):
         scaling = peft_adapter.scaling(config.rank, config.alpha, config.rslora)
         dtype = getattr(torch, config.adapter_dtype)
@@ -173,18 +197,24 @@ def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResu
         zero = peft_adapter.stored_factors(made.start.lora_A, made.start.lora_B, scaling, dtype)
 
         rows = W.view(-1, W.shape[2])
-        norm2 = squared_norm(W)
+        metrics: list[Callable[[Tensor], Tensor]] = [
+            squared_norm,
+            *(partial(output_error, gram=gram) for gram in grams),
+        ]
+        norms = [metric(W) for metric in metrics]
         residual = residual_of(rows, made.quantized).view(W.shape)
-        before2 = squared_norm(residual)
+        before = [metric(residual) for metric in metrics]
         lora_A, lora_B = peft_adapter.applied_factors(*factors, scaling)
-        after2 = squared_norm(residual.baddbmm_(lora_B, lora_A, alpha=-1))
+        residual.baddbmm_(lora_B, lora_A, alpha=-1)
+        after = [metric(residual) for metric in metrics]
         del residual
-        # nothing to repair, or the adapter's dtype cannot hold the factors
-        repaired = after2 < before2
+        # else there is nothing to repair, or the adapter's dtype cannot hold the factors
+        deciding = 1 if grams else 0
+        repaired = after[deciding] < before[deciding]
         chosen = [torch.where(repaired[:, None, None], a, b) for a, b in zip(factors, zero, strict=True)]
-        iterations = torch.where(repaired, made.iterations, 0)
-        after2 = torch.where(repaired, after2, before2)
-        measured = torch.stack([norm2, before2, after2, iterations], 1)
+        iterations = torch.where(repaired, made.iterations, 0).double()
+        after = [torch.where(repaired, a, b) for a, b in zip(after, before, strict=True)]
+        measured = torch.stack([iterations, *chain(*zip(norms, before, after, strict=True))], 1)
         base = [
             plan.format.tensors(job.stored_prefix, quantized)
             for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
@@ -241,8 +271,8 @@ def relative(squared_error: float, squared_reference: float) -> float:
 
 
 def row_dict(row: WeightRow) -> dict[str, object]:
-    """The row as JSON holds it."""
-    return {**asdict(row), "shape": list(row.shape)}
+    """The row as JSON holds it, without what was not measured."""
+    return {key: value for key, value in {**asdict(row), "shape": list(row.shape)}.items() if value is not None}
 
 
 def _refusal(job: WeightJob, W: Tensor) -> LoftqError:

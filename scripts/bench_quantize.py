@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench_common import full_svd_loop, machine, print_table, relative, save, saved_rows, say
@@ -23,8 +24,8 @@ FLOOR_THREADS = (4, 8, 16)  # of the I/O floor: one run each, the best is taken
 SAMPLE_SECONDS = 0.05
 COLUMNS = {
     "model": "", "weights": "", "source, GiB": ".1f", "processes": "", "iters": "", "wall, s": ".1f",
-    "I/O floor, s": ".1f", "wall / floor": ".2f", "GB/s": ".2f", "compute, s": ".1f", "full SVD loop, s": ".0f",
-    "error ratio": ".4f", "device, GiB": ".2f", "anonymous, GiB": ".2f", "RSS, GiB": ".2f",
+    "I/O floor, s": ".1f", "wall / floor": ".2f", "of medians": ".2f", "GB/s": ".2f", "compute, s": ".1f",
+    "full SVD loop, s": ".0f", "error ratio": ".4f", "device, GiB": ".2f", "anonymous, GiB": ".2f", "RSS, GiB": ".2f",
 }  # fmt: skip
 FLOOR_SCRIPT = Path(__file__).parent / "io_floor.py"
 MODEL_FREE_PTQ = """
@@ -194,7 +195,8 @@ def make_row(model: Path, nproc: int, best: dict[str, Any], report: dict[str, An
     seconds = totals["seconds"]
     return {
         "model": model.name, "weights": totals["weights"], "source, GiB": source_bytes / 2**30, "processes": nproc,
-        "wall, s": best["wall"], "I/O floor, s": None, "wall / floor": None, "GB/s": source_bytes / best["wall"] / 1e9,
+        "wall, s": best["wall"], "I/O floor, s": None, "wall / floor": None, "of medians": None,
+        "GB/s": source_bytes / best["wall"] / 1e9,
         "compute, s": seconds["quantize"] + seconds["low_rank"], "full SVD loop, s": None, "error ratio": None,
         "device, GiB": totals["peak_device_bytes"] / 2**30, "anonymous, GiB": best["RssAnon"] / 2**30,
         "RSS, GiB": best["VmHWM"] / 2**30,
@@ -250,6 +252,7 @@ def quantize(
             floor = io_floor(model, sizes, work / "floor")
             for row in rows:
                 row["wall / floor"] = row["wall, s"] / floor["wall"]
+                row["of medians"] = median(row["walls"]["timed"]) / median(floor["walls"])
             keep(**{"I/O floor, s": floor["wall"], "I/O floor": floor, "output bytes": sum(sizes)})
         except RuntimeError as error:  # a full disk, say
             say(error)

@@ -18,6 +18,7 @@ OWN = {  # folder → what it may import of this package
     "methods": {"loftq_cli.methods", "loftq_cli.lowrank", "loftq_cli.quantizers"},
     "formats": {"loftq_cli.formats", "loftq_cli.quantizers", "loftq_cli.errors"},
     "checkpoint": {"loftq_cli.checkpoint", "loftq_cli.errors"},
+    "calibration": {"loftq_cli.calibration", "loftq_cli.checkpoint", "loftq_cli.errors"},
 }
 FOREIGN = {  # folder → packages beside the standard library
     "kernels": {"torch", "triton"},
@@ -26,6 +27,7 @@ FOREIGN = {  # folder → packages beside the standard library
     "methods": {"torch"},
     "formats": {"torch"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},
+    "calibration": {"torch", "datasets"},
 }
 
 

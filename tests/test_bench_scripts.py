@@ -161,7 +161,8 @@ def test_a_row_of_another_model_stays(monkeypatch: pytest.MonkeyPatch, tmp_path:
         return {"wall": 2.0, "VmHWM": 1, "RssAnon": 1, "walls": {"timed": [2.0]}}, report
 
     monkeypatch.setattr(quantize, "timed_quantize", run)
-    monkeypatch.setattr(quantize, "io_floor", lambda model, sizes, scratch: {"wall": sum(sizes) / 5})
+    floor = {"wall": 1.0, "walls": [1.0, 2.0, 4.0]}
+    monkeypatch.setattr(quantize, "io_floor", lambda model, sizes, scratch: floor if sizes else {})
     shape = {"shape": [1, 1], "weights": 1, "seconds": 7.0, "timed": [{"tensor": tensor, "error": 0.2}]}
     monkeypatch.setattr(quantize, "full_svd_shapes", lambda *arguments: iter([shape]))
     for model, nproc in (("small-7b", [1]), ("other", [1, 2]), ("small-7b", [1])):

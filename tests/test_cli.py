@@ -172,3 +172,21 @@ def test_presets_are_valid_and_plan(file: Path, tiny_llama: Path, tmp_path: Path
     assert len(rest) < 15
     assert load_config(file)
     assert loftq("quantize", "--config", file, "--dry-run", tiny_llama, tmp_path / "out").exit_code == 0
+
+
+def test_a_2_bit_model_made_without_text_says_what_it_is_worth(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--bits", "2", "--rank", "4", "--iters", "1", "--method", "loftq", "--device", "cpu"]
+    code = "import sys; sys.argv[0] = 'loftq'; from loftq_cli.cli import main; main()"
+    command = [sys.executable, "-c", code, "quantize", *options, str(tiny_llama), str(out)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120).stderr
+    assert "hardly speaks" in said
+    assert f"loftq quantize {' '.join(options)} {tiny_llama} {out} --method cloq --overwrite" in said.replace("\n", "")
+    inspected = subprocess.run(
+        [sys.executable, "-m", "loftq_cli", "inspect", str(out)], capture_output=True, text=True, timeout=120
+    )
+    assert "hardly" not in inspected.stderr + inspected.stdout
+    four = [sys.executable, "-m", "loftq_cli", "quantize", "--rank", "4", "--iters", "1", "--device", "cpu"]
+    done = subprocess.run([*four, str(tiny_llama), str(tmp_path / "four")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "hardly" not in done.stderr

@@ -24,17 +24,17 @@ OPTIONS = ["--bits=2", "--rank=4", "--iters=2", "--group-size=32", "--device=cpu
 # rank 1 dies by SIGKILL when it is about to compute its third batch; every batch is journaled at once
 DYING = """
 import os, signal, time
-from loftq_cli import outputs, pipeline
+from loftq_cli import batches, outputs
 from loftq_cli.cli import main
 outputs.COMMIT_SECONDS = 0
-original, calls = pipeline.quantize_batch, [0]
+original, calls = batches.quantize_batch, [0]
 def deadly(*args):
     calls[0] += 1
     if os.environ["RANK"] == "1" and calls[0] == 3:
         time.sleep(1)  # the first two are written meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
-pipeline.quantize_batch = deadly
+batches.quantize_batch = deadly
 main()
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli import outputs, pipeline
+from loftq_cli import batches, outputs, pipeline
 from loftq_cli.errors import LoftqError
 from loftq_cli.journal import Journal
 from loftq_cli.verify import verify
@@ -142,9 +142,9 @@ def test_resume_does_not_compute_again_what_is_journaled(
     out = tmp_path / "out"
     _stop_after(6, sharded_llama, out)
     computed = []
-    original = pipeline.quantize_batch
+    original = batches.quantize_batch
     monkeypatch.setattr(
-        pipeline, "quantize_batch", lambda plan, batch, W: computed.append(batch) or original(plan, batch, W)
+        batches, "quantize_batch", lambda plan, batch, W: computed.append(batch) or original(plan, batch, W)
     )
     journaled = Journal(out / ".loftq").rows.keys()
     assert len(journaled) >= 6

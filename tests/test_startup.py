@@ -118,7 +118,57 @@ def test_a_library_hides_nothing_from_its_host() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-def test_ctrl_c_while_the_model_is_built_ends_both_processes(tmp_path: Path) -> None:
+ENDINGS = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "killed in the middle of a word": "os.write(sender.fileno(), b'\\0\\0\\1\\0x'); os.kill(os.getpid(), 9)",
+    "raises": "raise SystemExit(3)",
+    "hangs": "time.sleep(60)",
+    "cannot be understood": "return lambda: None",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_child_that_fails_is_gone_and_said_to_have_failed(ending: str) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from loftq_cli import lean\n"
+        "original, sender = lean._answer, None\n"
+        "def answer(receiver, end, *rest):\n"
+        "    global sender\n"
+        "    sender = end\n"
+        "    original(receiver, end, *rest)\n"
+        "lean._answer, lean.PATIENCE_SECONDS = answer, 3\n"
+        "def end():\n"
+        f"    {ENDINGS[ending]}\n"
+        "result = lean.begin(end)\n"
+        "try:\n"
+        "    print(result())\n"
+        "except ChildProcessError:\n"
+        "    lean.PATIENCE_SECONDS = 60\n"
+        "    print('failed', lean.begin(os.getppid)() == os.getpid())\n"  # and the next one does not
+        "import multiprocessing\n"
+        "print(multiprocessing.active_children())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "failed True\n[]\n", done.stderr
+
+
+def test_without_a_process_to_be_had_planning_stays_in_this_one(tiny_llama: Path, tmp_path: Path) -> None:
+    no_fork = (
+        "import os\ndef fork():\n    raise BlockingIOError(11, 'Resource temporarily unavailable')\nos.fork = fork\n"
+    )
+    plan, _, said = run(no_fork + RUN, tiny_llama, tmp_path / "out")
+    assert said == ""
+    assert plan == run(PLAIN, tiny_llama, tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [(signal.SIGINT, True, 130), (signal.SIGINT, False, 130), (signal.SIGTERM, False, -15)],
+)
+def test_a_signal_while_the_model_is_built_ends_both_processes(
+    tmp_path: Path, number: signal.Signals, to_all: bool, code: int
+) -> None:
     model = save_llama(tmp_path / "model", num_hidden_layers=1)
     site, started = tmp_path / "site", tmp_path / "started"
     site.mkdir()
@@ -141,10 +191,13 @@ def test_ctrl_c_while_the_model_is_built_ends_both_processes(tmp_path: Path) -> 
         time.sleep(0.05)
     child = int(started.read_text())
     assert child != process.pid
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in said
+    (os.killpg if to_all else os.kill)(process.pid, number)  # a terminal signals all of them
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert ("interrupted" in said) == (code == 130)
     assert "Traceback" not in said
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the child lives on")

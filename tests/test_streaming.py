@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loftq_cli import pipeline, worker
+from loftq_cli import batches, pipeline, worker
 from loftq_cli.checkpoint import loader
 from loftq_cli.checkpoint.loader import Loader, ahead
 from loftq_cli.checkpoint.reader import TensorInfo, read_header
@@ -117,7 +117,7 @@ def test_too_little_gpu_memory_means_smaller_pieces_and_then_the_cpu(
 ) -> None:
     """Played on a CPU: batches of two and one weight do not fit `the GPU`."""
     monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 1 << 16})
-    original, tried = pipeline.quantize_batch, []
+    original, tried = batches.quantize_batch, []
 
     def small(plan: Plan, batch: object, weights: torch.Tensor) -> object:
         tried.append(len(weights))
@@ -126,7 +126,7 @@ def test_too_little_gpu_memory_means_smaller_pieces_and_then_the_cpu(
             raise library if len(tried) % 2 else torch.OutOfMemoryError
         return original(plan, batch, weights)
 
-    monkeypatch.setattr(pipeline, "quantize_batch", small)
+    monkeypatch.setattr(batches, "quantize_batch", small)
     loads, load = [], Loader.load
 
     def full(self: Loader, tensors: object, *device: torch.device) -> object:
@@ -162,7 +162,8 @@ def test_a_gpu_rehearses_what_the_run_begins_with(sharded_llama: Path) -> None:
     config = QuantizeConfig(**OPTIONS, device="cpu")
     rehearsed = make_plan(checkpoint, config, guess_targets(checkpoint))
     assert rehearsed.jobs == plan(sharded_llama).jobs
-    pipeline._rehearse(checkpoint, config)
+    assert rehearsed.shards == plan(sharded_llama).shards  # so its first batch is that of the run
+    batches.rehearse(checkpoint, config)
 
 
 def test_what_is_copied_comes_a_shard_early(sharded_llama: Path, tmp_path: Path) -> None:

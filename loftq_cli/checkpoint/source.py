@@ -57,6 +57,11 @@ class Checkpoint:
         """The local path of one file; that of a Hub id is downloaded now, unless it is in the cache."""
         return self.place.path(file)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing has to be downloaded."""
+        return isinstance(self.place, Folder)
+
 
 @dataclass(frozen=True)
 class Folder:

@@ -1,7 +1,13 @@
-"""Methods: from a weight to a quantized weight and factors. To add one, write its file and its row in `METHODS`."""
+"""Methods: from a weight to a quantized weight and factors.
+
+To add one, write its file and its row in `METHODS`; or in `GRAM_METHODS`, if it needs the Gram matrix of the inputs.
+"""
 
 from loftq_cli.methods.base import Decomposition, Method, Timed, seed_for, squared_norm, untimed
+from loftq_cli.methods.cloq import cloq
+from loftq_cli.methods.gram import GramMethod, output_error
 from loftq_cli.methods.loftq import loftq
+from loftq_cli.methods.qera import qera
 from loftq_cli.methods.qlora import qlora
 
 METHODS: dict[str, Method] = {
@@ -9,4 +15,24 @@ METHODS: dict[str, Method] = {
     "qlora": qlora,
 }
 
-__all__ = ["METHODS", "Decomposition", "Method", "Timed", "loftq", "qlora", "seed_for", "squared_norm", "untimed"]
+GRAM_METHODS: dict[str, GramMethod] = {
+    "qera": qera,
+    "cloq": cloq,
+}
+
+__all__ = [
+    "GRAM_METHODS",
+    "METHODS",
+    "Decomposition",
+    "GramMethod",
+    "Method",
+    "Timed",
+    "cloq",
+    "loftq",
+    "output_error",
+    "qera",
+    "qlora",
+    "seed_for",
+    "squared_norm",
+    "untimed",
+]

@@ -1,0 +1,42 @@
+"""QERA-exact (arXiv 2410.06040): the low-rank repair of a quantization that is best for the layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
+from loftq_cli.methods.gram import square_root, weigh, weighted_top_r
+from loftq_cli.methods.loftq import _chosen, _with_live_rows
+from loftq_cli.methods.qlora import zero_start
+from loftq_cli.quantizers.base import Quantizer, quantize_residual
+
+
+def qera(
+    W: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    *,
+    gram: Tensor,
+    iters: int,
+    seeds: Sequence[int],
+    timed: Timed = untimed,
+) -> Decomposition:
+    """Quantize `W` [B, m, n], and repair its error once, in the metric of `gram` [n, n]; `iters` is not used.
+
+    Where nothing is to repair, the result is QLoRA's start.
+    """
+    start = zero_start(W, rank, seeds)
+    with timed("quantize"):
+        quantized, residual = quantize_residual(quantizer, W)
+    with timed("low_rank"):
+        root = square_root(gram)
+        factors, error = weighted_top_r(residual, root, rank, seeds)
+        better = error < squared_norm(weigh(residual, root))
+    plain = Decomposition(quantized, start, start, torch.zeros_like(better, dtype=torch.int64))
+    repaired = replace(plain, factors=factors, iterations=torch.ones_like(plain.iterations))
+    best = _chosen(better, repaired, plain)
+    return replace(best, factors=_with_live_rows(best.factors, start))

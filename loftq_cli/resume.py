@@ -1,0 +1,69 @@
+"""What an earlier session left in OUT: what of it counts, and reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from loftq_cli.checkpoint.reader import read_header, read_tensor
+from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
+from loftq_cli.formats import peft_adapter
+from loftq_cli.jobs import WeightBatch, WeightJob
+from loftq_cli.journal import WORK_FOLDER, Journal
+from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, adapter_metadata
+
+Stored = tuple[dict[str, Tensor], tuple[Tensor, Tensor]]  # of the base, by name, and the factors as stored
+
+
+def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
+    """Make the journal claim only what is really there.
+
+    To be journaled before any file is made: a fresh one has its full size, and zeros where tensors would be.
+    """
+
+    def forget(file: str, layout: Sequence[TensorSpec], metadata: dict[str, str]) -> None:
+        written = journal.file(file).written
+        if not is_unfinished(growing(out, file), out / file, layout, metadata, written):
+            written.clear()
+
+    forget(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
+    for shard in plan.shards:
+        if not is_whole(plan, shard, out, journal):
+            journal.file(shard.file).sha256 = None
+            forget(shard.file, shard.layout, shard.metadata)
+
+
+def growing(out: Path, file: str) -> Path:
+    """Where a file is until it is whole."""
+    return out / WORK_FOLDER / Path(file).name
+
+
+def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
+    """Whether an earlier session finished this shard, and its files are still there."""
+    path, adapter = out / shard.file, journal.file(ADAPTER_FILE).written
+    return (
+        journal.file(shard.file).sha256 is not None
+        and path.exists()
+        and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
+        and all(adapter.issuperset(adapter_names(step)) for step in shard.steps if isinstance(step, WeightBatch))
+    )
+
+
+def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
+    """What was written for `job`, from files that are whole or still grow."""
+
+    def read(file: str, names: Sequence[str]) -> list[Tensor]:
+        path = growing(out, file) if growing(out, file).exists() else out / file
+        infos = read_header(path).tensors
+        return [read_tensor(path, infos[name]) for name in names]
+
+    names = [spec.name for spec in plan.stored(job)]
+    lora_A, lora_B = read(ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    return dict(zip(names, read(job.file, names), strict=True)), (lora_A, lora_B)
+
+
+def adapter_names(batch: WeightBatch) -> list[str]:
+    """The adapter's tensors for a batch."""
+    return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]

@@ -1,0 +1,249 @@
+"""The block loop: streams against the whole model, what it minimises, what it leaves on disk, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from torch import Tensor
+
+from loftq_cli import outputs, pipeline
+from loftq_cli.blocks import _by_input, _grams, _parts
+from loftq_cli.calibration.stream import BlockStream
+from loftq_cli.checkpoint.source import open_checkpoint
+from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.meta_model import build_to_run
+from loftq_cli.targets import state_keys
+from loftq_cli.verify import verify
+from tests.test_eval import save_tokenizer
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
+SEQ2SEQ = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 160}
+BART = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 160, "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA)), ["model.layers"]),
+    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**LLAMA)), ["model.layers"]),
+    "gemma3": (
+        lambda: tf.Gemma3ForCausalLM(
+            tf.Gemma3TextConfig(
+                **LLAMA, head_dim=16, sliding_window=8, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+            )
+        ),
+        ["model.layers"],
+    ),
+    "gpt2": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=160, n_positions=64)),
+        ["transformer.h"],
+    ),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, vocab_size=160)), ["bert.encoder.layer"]),
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**SEQ2SEQ)), ["decoder.block", "encoder.block"]),
+    "bart": (
+        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
+        ["model.decoder.layers", "model.encoder.layers"],
+    ),
+}
+
+
+def streamed(folder: Path, paths: list[str], tokens: Tensor) -> dict[str, list[Tensor]]:
+    """For every stack, what leaves each of its blocks."""
+    checkpoint = open_checkpoint(str(folder), None)
+    model = build_to_run(checkpoint, trust_remote_code=False)
+    names, _ = state_keys(checkpoint, model)
+    parts = _parts(4, len(tokens), 3)
+    stream = BlockStream(model, checkpoint, names, paths, tokens, parts, torch.device("cpu"), torch.float32)
+    ends: dict[str, Tensor] = {}
+    left: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for stack in stream.stacks:
+            activations = stream.begin(stack, ends)
+            for number in range(len(stack.blocks)):
+                with stream.loaded(stack, number) as block:
+                    hidden = stream.outputs(stack, number, block, activations)
+                assert all(parameter.is_meta for parameter in block.parameters())
+                activations = type(activations)(hidden, ends)
+                left.setdefault(stack.path, []).append(hidden)
+            ends[stack.path] = activations.hidden
+    return left
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_are_what_the_whole_model_computes(family: str, tmp_path: Path) -> None:
+    make, paths = FAMILIES[family]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(5, 160, (7, 24), generator=torch.Generator().manual_seed(1))
+    expected: dict[str, list[Tensor]] = {path: [] for path in paths}
+    for path in paths:
+        for block in model.get_submodule(path):
+            block.register_forward_hook(
+                lambda _, __, out, path=path: expected[path].append(out if isinstance(out, Tensor) else out[0])
+            )
+    both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        model(input_ids=tokens, **both)
+    found = streamed(tmp_path, paths, tokens)
+    assert found.keys() == expected.keys()
+    for path, hidden in expected.items():
+        for one, other in zip(hidden, found[path], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_keep_held_out_samples_apart() -> None:
+    assert _parts(4, 7, 3) == [slice(0, 3), slice(3, 4), slice(4, 7)]
+    assert _parts(2, 2, 5) == [slice(0, 2)]
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose layers' inputs are correlated, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "speaking"
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**LLAMA, "vocab_size": 300}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(4)
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(torch.randn(len(embedding), 6) @ torch.randn(6, embedding.shape[1]))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = torch.Generator().manual_seed(3)
+    path.write_text(" ".join(f"w{int(i)}" for i in torch.randint(0, 90, (4000,), generator=generator)))
+    return path
+
+
+def options(text: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "bits": 2, "rank": 4, "group_size": 32, "format": "dense", "device": "cpu", "calibration": str(text),
+        "samples": 12, "seqlen": 32, "iters": 2, **more,
+    }  # fmt: skip
+
+
+def test_grams_are_those_of_the_inputs(speaking: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
+    tokens = torch.randint(5, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(tokens)
+    checkpoint = open_checkpoint(str(speaking), None)
+    skeleton = build_to_run(checkpoint, trust_remote_code=False)
+    names, _ = state_keys(checkpoint, skeleton)
+    stream = BlockStream(
+        skeleton, checkpoint, names, ["model.layers"], tokens, _parts(4, 6, 3), torch.device("cpu"), torch.float32
+    )
+    (stack,) = stream.stacks
+    activations = stream.begin(stack, {})
+    with stream.loaded(stack, 0) as block, torch.no_grad():
+        layers = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
+        groups = _by_input(block, layers, next(stream.runs(stack, 0, activations)))
+        assert [sorted(group) for group in groups] == [
+            ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ]
+        grams = _grams(block, "mlp.down_proj", stream.runs(stack, 0, activations), 4)
+    for gram, x in zip(grams, (seen[0][:4], seen[0][4:]), strict=True):
+        flat = x.flatten(0, 1).double()
+        torch.testing.assert_close(gram.double(), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6)
+
+
+def test_calibrated_methods_lower_the_error_of_outputs(speaking: Path, text: Path, tmp_path: Path) -> None:
+    last: dict[str, tuple[float, float]] = {}
+    for method in ("qera", "cloq"):
+        out = tmp_path / method
+        report = pipeline.quantize(speaking, out, **options(text, method=method))
+        assert verify(out, str(speaking)).violations == ()
+        assert len(report["calibration"]["blocks"]) == 3
+        for row in report["weights"]:
+            assert row["output_error"] < row["output_error_without_adapter"]
+            assert row["held_out_output_error"] > 0
+        block = report["calibration"]["blocks"][-1]
+        last[method] = block["output_error"], block["held_out_output_error"]
+    assert last["cloq"][0] < last["qera"][0]
+    assert last["cloq"][1] < last["qera"][1]
+
+
+def test_block_errors_are_those_of_the_loaded_model(speaking: Path, text: Path, tmp_path: Path) -> None:
+    """What the loop says of the last block is what source and loaded model with its adapter really differ by."""
+    report = pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+    plan = pipeline.plan_quantize(str(speaking), pipeline.build_config(options(text, method="cloq")))
+    from loftq_cli.blocks import prepare
+
+    tokens = prepare(plan, 1).tokens
+    left: list[Tensor] = []
+    source = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="loftq_init").eval()
+    for model in (source, loaded):
+        layers = [module for name, module in model.named_modules() if name.endswith("model.layers.2")]
+        layers[0].register_forward_hook(lambda _, __, out: left.append(out if isinstance(out, Tensor) else out[0]))
+        with torch.no_grad():
+            model(tokens)
+    expected = ((left[0] - left[1]).norm() / left[0].norm()).item()
+    assert report["calibration"]["blocks"][-1]["output_error"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stop", [1, 9, 16, 20])
+def test_resumed_bytes_are_those_of_a_straight_run(
+    speaking: Path, text: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.quantize(speaking, tmp_path / "straight", **options(text, method="cloq"))
+    original, calls = outputs.Outputs._store, [0]
+
+    def dying(self: Any, *arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] > stop:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "COMMIT_SECONDS", 0)
+        patch.setattr(outputs.Outputs, "_store", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+    assert (tmp_path / "out" / ".loftq").exists()
+    report = pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, method="cloq"))
+    straight = json.loads((tmp_path / "straight" / "loftq_report.json").read_text())
+    assert report["files"] == straight["files"]
+    assert report["calibration"] == straight["calibration"]
+
+
+def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "text.txt"
+    copy.write_text(text.read_text())
+    out = tmp_path / "out"
+    pipeline.quantize(speaking, out, **options(copy, method="qera"))
+    pipeline.quantize(speaking, out, **options(copy, method="qera"))  # nothing to do
+    copy.write_text(text.read_text()[::-1])
+    with pytest.raises(LoftqError, match="calibration-tokens was"):
+        pipeline.quantize(speaking, out, **options(copy, method="qera"))
+
+
+def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoftqError, match="tokenizer"):
+        pipeline.quantize(tiny_llama, tmp_path / "a", **options(text, method="qera"))
+    with pytest.raises(ConfigError, match="grid of integers"):
+        pipeline.quantize(speaking, tmp_path / "b", **options(text, method="cloq", quantizer="nf", bits=4))
+    with pytest.raises(ConfigError, match="sees no text"):
+        pipeline.quantize(speaking, tmp_path / "c", **options(text, method="loftq"))
+    with pytest.raises(LoftqError, match="one window of 100000"):
+        pipeline.quantize(speaking, tmp_path / "d", **options(text, method="qera", seqlen=100_000))
+    assert not any((tmp_path / name).exists() for name in "abcd")

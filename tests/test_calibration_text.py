@@ -1,0 +1,307 @@
+"""Calibration text: windows of the text's own tokens, the same for the same seed, and refusals that name the place."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loftq_cli.calibration import text as module
+from loftq_cli.calibration.text import read_texts, token_batches
+from loftq_cli.errors import LoftqError
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{{ eos_token }}"
+
+
+def byte_tokenizer(**options: str) -> PreTrainedTokenizerFast:
+    """One token a byte, so that decoding gives back every character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+PLAIN, MARKED = byte_tokenizer(), byte_tokenizer(**SPECIAL)
+
+
+def numbered(paragraphs: int) -> str:
+    """Paragraphs of 50 characters that are all different."""
+    return "".join(f"Paragraph {i:06} says what none of the rest says\n\n" for i in range(paragraphs))
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor) -> list[str]:
+    return [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in windows]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self) -> None:
+        self.characters, self.bos_token_id, self.eos_token_id = 0, None, None
+
+    def __call__(self, strings: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        self.characters += sum(map(len, strings))
+        return {"input_ids": [[ord(c) for c in string[::4]] for string in strings]}  # about as English has
+
+
+def test_same_seed_same_bytes_and_global_state_does_not_matter() -> None:
+    texts = [numbered(2000)]
+    torch.manual_seed(1)
+    first = token_batches(texts, MARKED, 16, 64, seed=7)
+    state = torch.get_rng_state()
+    again = token_batches(texts, MARKED, 16, 64, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = token_batches(texts, MARKED, 16, 64, seed=8)
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.held_out, again.held_out)
+    assert not torch.equal(first.tokens, other.tokens)
+    assert first.tokens.dtype == first.held_out.dtype == torch.int64
+    assert first.tokens.shape == (16, 64)
+    assert first.held_out.shape == (1, 64)
+    assert first.note is None
+
+
+@given(
+    paragraphs=st.integers(0, 300),
+    samples=st.integers(1, 40),
+    seqlen=st.integers(2, 200),
+    seed=st.integers(0, 2**63),
+    marked=st.booleans(),
+    stretch=st.sampled_from([2, 16]),
+)
+def test_windows_are_disjoint_parts_of_the_text(
+    paragraphs: int, samples: int, seqlen: int, seed: int, marked: bool, stretch: int
+) -> None:
+    tokenizer, text = (MARKED if marked else PLAIN), numbered(paragraphs)
+    body = seqlen - marked
+    if len(text) < body:
+        with pytest.raises(LoftqError, match=f"has {len(text)} tokens"):
+            token_batches([text], tokenizer, samples, seqlen, seed)
+        return
+    with mock.patch.object(module, "_STRETCH_CHARACTERS", stretch):  # 2: hardly more than one window a stretch
+        made = token_batches([text], tokenizer, samples, seqlen, seed)
+    windows = torch.cat([made.tokens, made.held_out])
+    held, possible = max(1, samples // 16), len(text) // body
+    assert len(windows) == min(samples + held, possible)
+    assert len(made.held_out) == (held if possible >= samples + held else min(max(possible - samples, 1), possible - 1))
+    assert (made.note is None) == (possible >= samples + held)
+    assert not marked or set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    left = list(text)
+    if body >= 60:  # any 60 characters hold a number that is there once
+        for string in decoded(tokenizer, windows[:, int(marked) :]):
+            begin = text.index(string)
+            assert "" not in left[begin : begin + body], "two windows overlap"
+            left[begin : begin + body] = [""] * body
+
+
+def test_short_text_says_what_there_was() -> None:
+    made = token_batches([numbered(10)], PLAIN, 16, 100, 0)
+    assert (len(made.tokens), len(made.held_out)) == (4, 1)
+    assert made.note is not None
+    assert "500 tokens" in made.note
+    assert "1700 tokens" in made.note
+    one = token_batches(["x" * 100], PLAIN, 16, 100, 0)
+    assert (len(one.tokens), len(one.held_out)) == (1, 0)
+
+
+def test_refusals_of_sizes() -> None:
+    with pytest.raises(LoftqError, match="has 50 tokens, and one window of 64 takes 63") as caught:
+        token_batches([numbered(1)], MARKED, 1, 64, 0)
+    assert "--seqlen" in caught.value.hint
+    with pytest.raises(LoftqError, match="has 0 tokens"):
+        token_batches([" \n"], PLAIN, 1, 64, 0)
+    for samples, seqlen in ((0, 8), (1, 1)):
+        with pytest.raises(LoftqError, match="no window"):
+            token_batches(["text"], MARKED, samples, seqlen, 0)
+
+
+def test_eos_stands_between_texts_and_bos_before_windows() -> None:
+    bos, eos = MARKED.bos_token_id, MARKED.eos_token_id
+    made = token_batches(["abc", " ", "defg", "hi"], MARKED, 1, 12, 0)  # 9 letters and two EOS, all in one window
+    assert made.tokens[0, 0] == bos
+    assert decoded(MARKED, made.tokens[:, 1:]) == ["abc</s>defg</s>hi"]
+    assert made.tokens[0].tolist().count(eos) == 2
+    assert decoded(PLAIN, token_batches(["abc", "defg", "hi"], PLAIN, 1, 9, 0).tokens) == ["abcdefghi"]
+
+
+def test_pieces_of_a_text_end_with_paragraphs_lines_or_words() -> None:
+    for text, end in (
+        ("ab cd ef.\n\n" * 99, "\n\n"),
+        ("ab cd ef.\n" * 99, "\n"),
+        ("ab cd" * 99, "ab"),
+        ("a" * 999, "a"),
+    ):
+        stretches = module._stretches([text], 64)
+        pieces = [text[piece.begin : piece.end] for stretch in stretches for piece in stretch]
+        assert "".join(pieces) == text
+        assert all(piece.endswith(end) and 32 <= len(piece) <= 64 for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("texts", [[numbered(400_000)], [numbered(20)] * 20_000], ids=["one", "many"])
+def test_of_a_huge_text_little_is_tokenized(texts: list[Any]) -> None:
+    counting = Counting()
+    made = token_batches(texts, counting, 128, 128, 0)  # type: ignore[arg-type]
+    assert (len(made.tokens), len(made.held_out), made.note) == (128, 8, None)
+    assert counting.characters < 2 * 4 * 136 * 128
+
+
+def test_windows_come_from_all_over_the_text() -> None:
+    made = token_batches([numbered(20_000)], PLAIN, 64, 100, 0)
+    numbers = [int(re.findall(r"\d{6}", string)[0]) for string in decoded(PLAIN, made.tokens)]
+    assert {number // 5000 for number in numbers} == {0, 1, 2, 3}
+
+
+def test_chat_is_rendered_with_the_template(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n\n" + json.dumps({"text": "plain"}) + "\n")
+    texts = read_texts(str(file))
+    assert texts == [messages, "plain"]
+    expected = "[user] Why?\n[assistant] Because.\n</s>plain"
+    tokenizer = byte_tokenizer(**SPECIAL, chat_template=CHAT)
+    made = token_batches(texts, tokenizer, 1, len(expected) - 3 + 1, 0)
+    assert decoded(tokenizer, made.tokens) == ["<s>" + expected]
+    chatml = byte_tokenizer(bos_token="[", eos_token="</s>", chat_template=CHAT)
+    made = token_batches(texts, chatml, 1, len(expected) - 3 + 1, 0)
+    assert decoded(chatml, made.tokens) == ["[" + expected], "BOS that marks a turn was taken for the text's own"
+    with pytest.raises(LoftqError, match="no chat template"):
+        token_batches(texts, MARKED, 1, 8, 0)
+    picky = byte_tokenizer(**SPECIAL, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(LoftqError, match=r"refuses the conversation .*Why.*roles must alternate"):
+        token_batches(texts, picky, 1, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"{not json}", "not JSON"),
+        (b'{"text": "\xff"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["text"]', "neither"),
+        (b'{"content": "x"}', "neither"),
+        (b'{"text": 3}', "neither"),
+        (b'{"messages": [{"role": "user"}]}', "neither"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "neither"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_jsonl_refusals_name_the_line(tmp_path: Path, line: bytes, words: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(LoftqError, match=rf"line 3 of .*{words}") as caught:
+        read_texts(str(file))
+    assert caught.value.hint
+
+
+def test_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "prose.txt"
+    file.write_bytes(b"\xef\xbb\xbfOne\r\n\r\ntwo \xc3\xa9")
+    assert read_texts("prose.txt") == ["One\n\ntwo é"]
+    file.write_bytes(b"caf\xe9!")
+    with pytest.raises(LoftqError, match=r"not UTF-8 text: .* at byte 3"):
+        read_texts(str(file))
+    file.write_text(" \n")
+    with pytest.raises(LoftqError, match="no text in"):
+        read_texts(str(file))
+    with pytest.raises(LoftqError, match="is a folder"):
+        read_texts(str(tmp_path))
+    for name in ("pros.txt", "./pros", "a/b/c", "~nobody_here/x"):
+        with pytest.raises(LoftqError, match="no such file"):
+            read_texts(name)
+    with pytest.raises(LoftqError) as caught:
+        read_texts("pros.txt")
+    assert "did you mean `prose.txt`" in caught.value.hint
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
+    """The package `datasets` with a `load_dataset` that returns or raises `answer`; the calls to it."""
+    calls: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        calls.append((*args, options))
+        if isinstance(answer, Exception):
+            raise answer
+        return iter(answer)
+
+    exceptions = SimpleNamespace(DatasetsError=FileNotFoundError)
+    packaged = SimpleNamespace(_PACKAGED_DATASETS_MODULES={"json": ()})
+    fake = SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions, packaged_modules=packaged)
+    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    return calls
+
+
+def test_datasets_are_streamed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_datasets(monkeypatch, [{"text": "one"}, {"text": "two"}, {"text": "three"}, {"no": "text"}])
+    monkeypatch.setattr(module, "_STREAM_CHARACTERS", 9)
+    assert read_texts("org/name") == ["one", "two", "three"]
+    assert read_texts("name:config:test")
+    assert read_texts("name::test")
+    assert calls == [
+        ("org/name", None, {"split": "train", "streaming": True}),
+        ("name", "config", {"split": "test", "streaming": True}),
+        ("name", None, {"split": "test", "streaming": True}),
+    ]
+    monkeypatch.setattr(module, "_STREAM_CHARACTERS", 100)
+    with pytest.raises(LoftqError, match="row 4 of the data set `org/name` has neither") as caught:
+        read_texts("org/name")
+    assert "`no`" in caught.value.hint
+    with pytest.raises(LoftqError, match="colons"):
+        read_texts("a:b:c:d")
+    with pytest.raises(LoftqError, match="file format"):
+        read_texts("json")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach 'x' on the Hub"), "cannot reach the Hub for the data set `org/name`"),
+        (
+            ValueError("Config name is missing.\nPick one of ['a', 'b']"),
+            "Config name is missing. Pick one of ['a', 'b']",
+        ),
+        (FileNotFoundError("Dataset 'x' doesn't exist on the Hub"), "Dataset 'x' doesn't exist on the Hub"),
+        (RuntimeError("https://signed?Signature=secret"), "`org/name`: RuntimeError"),
+    ],
+)
+def test_what_datasets_raises_becomes_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    fake_datasets(monkeypatch, error)
+    with pytest.raises(LoftqError, match=re.escape(words)) as caught:
+        read_texts("org/name")
+    assert "secret" not in caught.value.message
+    assert caught.value.hint
+
+
+def test_without_the_package_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
+    with pytest.raises(LoftqError, match="takes the package `datasets`") as caught:
+        read_texts("org/name")
+    assert "pip install datasets" in caught.value.hint
+
+
+def test_default_text_is_in_the_package_and_long_enough() -> None:
+    (text,) = read_texts(None)
+    assert isinstance(text, str)
+    assert text == resources.files("loftq_cli.calibration").joinpath("default.txt").read_text(encoding="utf-8")
+    assert text.startswith("It is a truth universally acknowledged")
+    assert "gutenberg" not in text.lower()
+    assert text.isascii()
+    assert '"loftq_cli.calibration" = ["default.txt"]' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for samples, seqlen in ((128, 512), (40, 2048)):
+        made = token_batches([text], Counting(), samples, seqlen, 0)  # type: ignore[list-item, arg-type]
+        assert len(made.tokens) == samples
+        assert made.note is None
