@@ -59,6 +59,7 @@ def wait_until_ready(device: torch.device) -> None:
         _waking.join()
     try:
         _load_libraries(device)
+        fused()  # tried out by one thread, not by all that compute
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
