@@ -122,7 +122,8 @@ def describe(calibration: Calibration) -> dict[str, Any]:
     """What the report says of the token windows."""
     sha256 = hashlib.sha256(torch.cat([calibration.tokens, calibration.held_out]).numpy().tobytes()).hexdigest()
     samples, seqlen = calibration.tokens.shape
-    return {"samples": samples, "held_out": len(calibration.held_out), "seqlen": seqlen, "sha256": sha256}
+    note = {} if calibration.note is None else {"note": calibration.note}
+    return {"samples": samples, "held_out": len(calibration.held_out), "seqlen": seqlen, "sha256": sha256, **note}
 
 
 def _parts(seen: int, total: int, size: int) -> list[slice]:

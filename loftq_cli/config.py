@@ -144,7 +144,10 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     problem = error.errors()[0]
     value = problem.get("input")
     if not problem["loc"]:  # raised by the model's own validator: the sentence is ours
-        return ConfigError(problem["msg"].removeprefix("Value error, ").replace("`group_size`", "`--group-size`"))
+        message = problem["msg"].removeprefix("Value error, ")
+        for field in QuantizeConfig.model_fields:
+            message = message.replace(f"`{field}`", f"`--{field.replace('_', '-')}`")
+        return ConfigError(message)
     flag = "--" + str(problem["loc"][0]).replace("_", "-")
     if problem["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in problem["ctx"]["expected"].replace(" or ", ",").split(",")]

@@ -179,8 +179,14 @@ def run_steps(
     With `calibration`, weights in transformer blocks come afterwards, block by block.
     """
     steps = ranks.share(outputs.missing())
-    in_blocks = [step for step in steps if calibration and isinstance(step, WeightBatch) and step.first.block]
+    in_blocks: list[WeightBatch] = []
+    beside: list[Step] = []
     blocks: list[BlockRow] = []
+    for step in steps:
+        if calibration and isinstance(step, WeightBatch) and step.first.block:
+            in_blocks.append(step)
+        else:
+            beside.append(step)
     ranks.wait()  # all ranks have read what is missing, before any of them journals more
     outputs.expect(steps)
 
@@ -194,7 +200,6 @@ def run_steps(
         def load(step: Step) -> Loading | None:
             return None if isinstance(step, TensorInfo) else load_batch(plan, step, loader, lanes, outputs)
 
-        beside = [step for step in steps if step not in in_blocks] if in_blocks else steps
         for step, loading in ahead(beside, load, READ_AHEAD[device.type]):
             if isinstance(step, TensorInfo):
                 outputs.copy(step)

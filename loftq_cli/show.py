@@ -73,6 +73,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         )
     if moved := [row["name"] for row in report["weights"] if row["device"] != config["device"]]:
         output.warning(f"{len(moved)} weights did not fit the GPU's memory and were computed on the CPU: {moved[0]}, …")
+    if note := report.get("calibration", {}).get("note"):
+        output.warning(note)
     seconds = totals["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total")
     device = f", {size(totals['peak_device_bytes'])} of device memory" if totals["peak_device_bytes"] else ""
@@ -87,7 +89,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
     if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED:
         output.note(
-            "made without looking at text, a 2-bit model hardly speaks before it is fine-tuned; one that does: "
+            "made without looking at text, a 2-bit model hardly speaks before it is fine-tuned; looking at some takes "
+            "longer, and its outputs stay much closer to the source's: "
             f"`{again('--method', 'cloq', '--overwrite')}`"
         )
     check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])

@@ -11,11 +11,13 @@ import torch
 import transformers as tf
 from peft import PeftModel
 from torch import Tensor
+from typer.testing import CliRunner
 
 from loftq_cli import outputs, pipeline
 from loftq_cli.blocks import _by_input, _grams, _parts
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
+from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.targets import state_keys
@@ -224,6 +226,17 @@ def test_resumed_bytes_are_those_of_a_straight_run(
     straight = json.loads((tmp_path / "straight" / "loftq_report.json").read_text())
     assert report["files"] == straight["files"]
     assert report["calibration"] == straight["calibration"]
+
+
+def test_too_little_text_is_said(speaking: Path, text: Path, tmp_path: Path) -> None:
+    words = ["quantize", "--bits=2", "--rank=4", "--group-size=32", "--format=dense", "--device=cpu", "--iters=1"]
+    words += ["--method=qera", f"--calibration={text}", "--seqlen=32", "--samples"]
+    said = []
+    for samples in ("4", "600"):
+        out = tmp_path / samples
+        said.append(CliRunner().invoke(app, [*words, samples, str(speaking), str(out)]).stderr)
+        noted = "note" in json.loads((out / "loftq_report.json").read_text())["calibration"]
+        assert noted == ("wanted were" in said[-1]) == (samples == "600")
 
 
 def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_dense_pads_a_short_last_group(tiny_llama: Path) -> None:
     [
         ({"bits": 5}, "`--bits 5`"),
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
-        ({"double_quant": True, "bits": 2}, "double_quant"),
+        ({"double_quant": True, "bits": 2}, "`--double-quant` quantizes the scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),
         ({"device": "gpu"}, "`--device gpu`"),

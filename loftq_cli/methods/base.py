@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Protocol
 
 import torch
@@ -82,3 +82,28 @@ def squared_norm(x: Tensor) -> Tensor:
 def seed_for(seed: int, name: str) -> int:
     """Return the seed of what is drawn for the tensor `name`: stable across runs, platforms and orders of work."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1  # 63 bits
+
+
+def chosen(better: Tensor, now: Decomposition, best: Decomposition) -> Decomposition:
+    """Take the weights of the batch where `better` [B] from `now`, the others from `best`."""
+    mask = better.to(now.iterations.device)
+
+    def select(ours: object, other: object) -> object:
+        """For any tensor that has the weights' parts one after the other, and all that such tensors are fields of."""
+        if isinstance(ours, Tensor) and isinstance(other, Tensor):
+            flat = torch.where(mask[:, None], ours.reshape(len(mask), -1), other.reshape(len(mask), -1))
+            return flat.view_as(ours)
+        if is_dataclass(ours) and not isinstance(ours, type):
+            parts = {f.name: getattr(ours, f.name) for f in fields(ours) if f.name != "codebook"}  # that is constant
+            return replace(ours, **{name: select(part, getattr(other, name)) for name, part in parts.items()})
+        return ours
+
+    selected = select(now, best)
+    assert isinstance(selected, Decomposition)
+    return selected
+
+
+def with_live_rows(factors: LowRankFactors, start: LowRankFactors) -> LowRankFactors:
+    """Replace rows of lora_A that are zero, where the rank exceeds the residual's, for a pair of zeros never trains."""
+    live = factors.lora_A.any(dim=2, keepdim=True)
+    return replace(factors, lora_A=torch.where(live, factors.lora_A, start.lora_A))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.lowrank import full_precision
-from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
+from loftq_cli.methods.base import Decomposition, Timed, chosen, squared_norm, untimed, with_live_rows
 from loftq_cli.methods.gram import normalized, square_root, weigh, weighted_top_r
-from loftq_cli.methods.loftq import _chosen, _with_live_rows
 from loftq_cli.methods.qlora import zero_start
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, quantize_residual
 from loftq_cli.quantizers.base import residual as residual_of
@@ -61,9 +60,9 @@ def cloq(
         better = error < least
         least = torch.where(better, error, least)
         now = Decomposition(quantized, factors, start, torch.full_like(best.iterations, iteration))
-        best = _chosen(better, now, best)
+        best = chosen(better, now, best)
         target = W.float() - factors.product()
-    return replace(best, factors=_with_live_rows(best.factors, start))
+    return replace(best, factors=with_live_rows(best.factors, start))
 
 
 def feedback_of(gram: Tensor) -> Tensor:

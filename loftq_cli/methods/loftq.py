@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loftq_cli.lowrank import LowRankFactors, top_r
-from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
+from loftq_cli.lowrank import top_r
+from loftq_cli.methods.base import Decomposition, Timed, chosen, squared_norm, untimed, with_live_rows
 from loftq_cli.methods.qlora import zero_start
 from loftq_cli.quantizers.base import Quantizer, quantize_residual
 
@@ -39,34 +39,9 @@ def loftq(
         better = [error < other for error, other in zip(errors, least, strict=True)]
         least = [error if yes else other for error, other, yes in zip(errors, least, better, strict=True)]
         now = Decomposition(quantized, factors, start, torch.full_like(best.iterations, iteration))
-        best = now if all(better) else _chosen(torch.tensor(better), now, best) if any(better) else best
+        best = now if all(better) else chosen(torch.tensor(better), now, best) if any(better) else best
         if iteration < iters:
             with timed("quantize"):
                 quantized, residual = quantize_residual(quantizer, W, factors.lora_A, factors.lora_B)
             energy = squared_norm(residual)
-    return replace(best, factors=_with_live_rows(best.factors, start))
-
-
-def _chosen(better: Tensor, now: Decomposition, best: Decomposition) -> Decomposition:
-    """Take the weights of the batch where `better` [B] from `now`, the others from `best`."""
-    mask = better.to(now.iterations.device)
-
-    def select(ours: object, other: object) -> object:
-        """For any tensor that has the weights' parts one after the other, and all that such tensors are fields of."""
-        if isinstance(ours, Tensor) and isinstance(other, Tensor):
-            flat = torch.where(mask[:, None], ours.reshape(len(mask), -1), other.reshape(len(mask), -1))
-            return flat.view_as(ours)
-        if is_dataclass(ours) and not isinstance(ours, type):
-            parts = {f.name: getattr(ours, f.name) for f in fields(ours) if f.name != "codebook"}  # that is constant
-            return replace(ours, **{name: select(part, getattr(other, name)) for name, part in parts.items()})
-        return ours
-
-    chosen = select(now, best)
-    assert isinstance(chosen, Decomposition)
-    return chosen
-
-
-def _with_live_rows(factors: LowRankFactors, start: LowRankFactors) -> LowRankFactors:
-    """Replace rows of lora_A that are zero, where the rank exceeds the residual's, for a pair of zeros never trains."""
-    live = factors.lora_A.any(dim=2, keepdim=True)
-    return replace(factors, lora_A=torch.where(live, factors.lora_A, start.lora_A))
+    return replace(best, factors=with_live_rows(best.factors, start))

@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
+from loftq_cli.methods.base import Decomposition, Timed, chosen, squared_norm, untimed, with_live_rows
 from loftq_cli.methods.gram import square_root, weigh, weighted_top_r
-from loftq_cli.methods.loftq import _chosen, _with_live_rows
 from loftq_cli.methods.qlora import zero_start
 from loftq_cli.quantizers.base import Quantizer, quantize_residual
 
@@ -38,5 +37,5 @@ def qera(
         better = error < squared_norm(weigh(residual, root))
     plain = Decomposition(quantized, start, start, torch.zeros_like(better, dtype=torch.int64))
     repaired = replace(plain, factors=factors, iterations=torch.ones_like(plain.iterations))
-    best = _chosen(better, repaired, plain)
-    return replace(best, factors=_with_live_rows(best.factors, start))
+    best = chosen(better, repaired, plain)
+    return replace(best, factors=with_live_rows(best.factors, start))
