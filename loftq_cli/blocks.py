@@ -7,26 +7,31 @@ earlier ones lost.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loftq_cli.calibration.stream import Activations, BlockStream, Run, reached, until_reached
+from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
+from loftq_cli.calibration.stream import Activations, BlockStream
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
-from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.errors import LoftqError
+from loftq_cli.finishing import Factors, finish, finished
+from loftq_cli.fitting import Block, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.meta_model import build_to_run
+from loftq_cli.methods import squared_norm
+from loftq_cli.methods.trained import Fit
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
 from loftq_cli.resume import Stored, read_back
 from loftq_cli.targets import state_keys
-from loftq_cli.worker import quantize_batch, relative
+from loftq_cli.worker import BatchResult, relative, store
 
 LONGEST_WINDOW = 2048  # tokens, unless more are asked for
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at once
@@ -34,20 +39,46 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at
 
 @dataclass(frozen=True)
 class BlockRow:
-    """What the report says of one block: ‖F(X) − F̂(X̂)‖_F / ‖F(X)‖_F of its output, X̂ being what really enters it."""
+    """What the report says of one block: ‖F(X) − F̂(X̂)‖_F / ‖F(X)‖_F of its output, X̂ being what really enters it.
+
+    Without adapter: without those of this block.
+    """
 
     name: str
     output_error: float
+    output_error_without_adapter: float
     held_out_output_error: float
+    held_out_output_error_without_adapter: float
+
+
+Visit = tuple[BlockRow, Tensor, Tensor]  # and what leaves the block, in the source's stream and in the other
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the block loop measured: a row for every block, and how the finish went."""
+
+    blocks: list[BlockRow]
+    finish: Fit | None
 
 
 def run_blocks(
-    plan: Plan, batches: Iterable[WeightBatch], calibration: Calibration, outputs: Outputs, device: torch.device
-) -> Iterator[BlockRow]:
+    plan: Plan,
+    batches: Iterable[WeightBatch],
+    calibration: Calibration,
+    outputs: Outputs,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Measured:
     """Quantize the weights of `batches`, block by block; the plan's other weights in blocks are on disk already.
 
-    Yields:
-        A row for every block, once its weights are handed to `outputs`.
+    Args:
+        plan: what was decided.
+        batches: of one weight each.
+        calibration: the samples.
+        outputs: what writes.
+        device: what computes.
+        tell: called with what is done, after every block.
 
     Raises:
         LoftqError: the model cannot be run block by block.
@@ -55,34 +86,108 @@ def run_blocks(
     model = build_to_run(plan.checkpoint, plan.config.trust_remote_code)
     names, _ = state_keys(plan.checkpoint, model)
     tokens = torch.cat([calibration.tokens, calibration.held_out])
-    parts = _parts(len(calibration.tokens), len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
+    seen = len(calibration.tokens)
+    parts = micro_batches(seen, len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
     stream = BlockStream(model, plan.checkpoint, names, plan.block_paths, tokens, parts, device, dtype)
-    missing = {batch.first.tensor: batch for batch in batches}
-    source_ends: dict[str, Tensor] = {}
-    quantized_ends: dict[str, Tensor] = {}
-    for stack in stream.stacks:
-        source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
-        for number in range(len(stack.blocks)):
-            name = f"{stack.path}.{number}"
-            jobs = {job.module.removeprefix(f"{name}."): job for job in plan.jobs if job.block == name}
-            with stream.loaded(stack, number) as block, torch.no_grad():
-                whole = stream.outputs(stack, number, block, source)
-                for layers in _by_input(block, list(jobs), next(stream.runs(stack, number, quantized))):
-                    grams = _grams(block, layers[0], stream.runs(stack, number, quantized), len(calibration.tokens))
-                    for layer in layers:
-                        job = jobs.pop(layer)
-                        batch = missing.get(job.tensor)
-                        _replace(plan, block, layer, job, _quantized(plan, job, batch, grams, outputs, device))
-                for layer, job in jobs.items():  # nothing has reached them, as an expert that no token chose
-                    batch = missing.get(job.tensor)
-                    _replace(plan, block, layer, job, _quantized(plan, job, batch, (), outputs, device))
-                ours = stream.outputs(stack, number, block, quantized)
-            held = len(calibration.tokens)
-            yield BlockRow(name, _error(whole[:held], ours[:held]), _error(whole[held:], ours[held:]))
-            source, quantized = Activations(whole, source_ends), Activations(ours, quantized_ends)
-        source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
+    missing = {batch.first.tensor for batch in batches}
+
+    def through(visit: Callable[[Block], Visit]) -> tuple[list[BlockRow], dict[str, Tensor]]:
+        """Visit every block between its two streams; return their rows and the ends of the source's stacks."""
+        rows = []
+        source_ends: dict[str, Tensor] = {}
+        quantized_ends: dict[str, Tensor] = {}
+        for stack in stream.stacks:
+            source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
+            for number in range(len(stack.blocks)):
+                with stream.loaded(stack, number) as module, torch.no_grad():
+                    row, whole, ours = visit(
+                        Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, seen)
+                    )
+                rows.append(row)
+                tell(row.name)
+                source, quantized = Activations(whole, source_ends), Activations(ours, quantized_ends)
+            source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
+        return rows, source_ends
+
+    trained = finished(outputs.out)
+    if trained is not None and missing:
+        raise LoftqError(f"files of `{outputs.out}` were lost after its finish", "begin again with `--overwrite`")
+    if trained is None:
+        rows, ends = through(lambda block: _quantize(plan, block, missing, outputs))
+        if plan.config.finish_epochs == 0:
+            return Measured(rows, None)
+        outputs.drain()
+        outputs.commit()
+        trained = finish(plan, stream, outputs.out, ends, seen)
+    factors, fit = trained
+    rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs))
+    return Measured(rows, fit)
+
+
+def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> Visit:
+    """Fit a block and hand over its weights; those that are on disk are read back."""
+    jobs = _jobs(plan, block)
+    results: dict[str, BatchResult] = {}
+    if any(job.tensor in missing for job in jobs.values()):
+        # as a whole, even if an earlier session has written a part of it: what is written again are the same bytes
+        for layer, of in fit(plan, block, jobs).items():
+            result = store(plan, WeightBatch((jobs[layer],)), of.W, of.made, of.watch)
+            results[layer] = replace(result, training=of.training)
+    stored = {
+        layer: _stored(results[layer]) if layer in results else read_back(plan, outputs.out, job)
+        for layer, job in jobs.items()
+    }
+    visit, errors = _measure(plan, block, jobs, stored)
+    for layer, result in results.items():
+        if jobs[layer].tensor in missing:
+            outputs.put(replace(result, output_errors=errors[layer]), 0.0)
+    return visit
+
+
+def _rewrite(plan: Plan, block: Block, factors: Factors, outputs: Outputs) -> Visit:
+    """Replace the factors of a block on disk by those of the finish, and measure it anew."""
+    jobs = _jobs(plan, block)
+    stored = {layer: (read_back(plan, outputs.out, job)[0], factors[job.module]) for layer, job in jobs.items()}
+    visit, errors = _measure(plan, block, jobs, stored)
+    for layer, job in jobs.items():
+        W = read_weight(plan, job, block.device)
+        _, weight = _loaded(plan, job, stored[layer], block.device)
+        size, error = squared_norm(torch.stack([W, W - weight])).tolist()
+        measured = {"relative_error": relative(error, size), **row_fields(errors[layer])}
+        outputs.rewrite(job, stored[layer][1], measured)
+    return visit
+
+
+def _jobs(plan: Plan, block: Block) -> dict[str, WeightJob]:
+    """The block's weights by their names in it."""
+    return {job.module.removeprefix(f"{block.name}."): job for job in plan.jobs if job.block == block.name}
+
+
+def _measure(
+    plan: Plan, block: Block, jobs: Mapping[str, WeightJob], stored: Mapping[str, Stored]
+) -> tuple[Visit, dict[str, LayerErrors]]:
+    """Give the quantized block the weights that the loaded model will have, and run both blocks on all samples."""
+    bases: dict[str, Tensor] = {}
+    for layer, job in jobs.items():
+        bases[layer], weight = _loaded(plan, job, stored[layer], block.device)
+        block.put(layer, weight)
+    whole, ours, without = (torch.empty_like(block.enters_source.hidden) for _ in range(3))
+
+    def hand_on(rows: slice, expected: Tensor, actual: Tensor, plain: Tensor) -> None:
+        whole[rows], ours[rows], without[rows] = expected.cpu(), actual.cpu(), plain.cpu()
+
+    errors = compare(block.source, block.quantized, bases, block.pairs(), block.seen, hand_on)
+    seen, rest = slice(0, block.seen), slice(block.seen, None)
+    row = BlockRow(
+        block.name,
+        output_error=_error(whole[seen], ours[seen]),
+        output_error_without_adapter=_error(whole[seen], without[seen]),
+        held_out_output_error=_error(whole[rest], ours[rest]),
+        held_out_output_error_without_adapter=_error(whole[rest], without[rest]),
+    )
+    return (row, whole, ours), errors
 
 
 def prepare(plan: Plan, ranks: int) -> Calibration:
@@ -126,80 +231,20 @@ def describe(calibration: Calibration) -> dict[str, Any]:
     return {"samples": samples, "held_out": len(calibration.held_out), "seqlen": seqlen, "sha256": sha256, **note}
 
 
-def _parts(seen: int, total: int, size: int) -> list[slice]:
-    """Micro-batches of samples; none holds both samples for calibration and samples held out."""
-    starts = [*range(0, seen, size), *range(seen, total, size)]
-    return [slice(start, min(start + size, seen if start < seen else total)) for start in starts]
-
-
-def _by_input(block: nn.Module, layers: Sequence[str], run: Run) -> list[list[str]]:
-    """The linear layers in the order in which they are called, those that share an input together."""
-    groups: dict[tuple[int, int, torch.Size], list[str]] = {}
-    kept: list[Tensor] = []  # alive, or another input might come to lie where one was
-
-    def note(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            group = groups.setdefault((args[0].data_ptr(), args[0]._version, args[0].shape), [])
-            if not any(layer in others for others in groups.values()):
-                group.append(layer)
-
-        return hook
-
-    hooks = [block.get_submodule(layer).register_forward_pre_hook(note(layer)) for layer in layers]
-    run(block)
-    for hook in hooks:
-        hook.remove()
-    return [group for group in groups.values() if group]
-
-
-def _grams(block: nn.Module, layer: str, runs: Iterator[Run], seen: int) -> tuple[Tensor, Tensor]:
-    """The Gram matrices [n, n] per token of a layer's inputs, over calibration and over held-out samples."""
-    weight = block.get_parameter(f"{layer}.weight")
-    grams = [torch.zeros(weight.shape[1], weight.shape[1], device=weight.device) for _ in range(2)]
-    counts = [0, 0]
-    which = 0
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        grams[which].addmm_(x.T, x)
-        counts[which] += len(x)
-        reached()
-
-    handle = block.get_submodule(layer).register_forward_pre_hook(hook)
-    for run in runs:
-        which = int(run.rows.start >= seen)
-        with until_reached():
-            run(block)
-    handle.remove()
-    return grams[0] / max(1, counts[0]), grams[1] / max(1, counts[1])
-
-
-def _quantized(
-    plan: Plan, job: WeightJob, batch: WeightBatch | None, grams: Sequence[Tensor], outputs: Outputs,
-    device: torch.device,
-) -> Stored:  # fmt: skip
-    """What `job` becomes: computed and handed to `outputs`, or read back where an earlier session wrote it."""
-    if batch is None:
-        return read_back(plan, outputs.out, job)
-    info = plan.checkpoint.tensors[job.tensor]
-    weight = read_tensor(plan.checkpoint.path(info.file), info).to(device)[None]
-    result = quantize_batch(plan, batch, weight, grams)
-    outputs.put(result, 0.0)
+def _stored(result: BatchResult) -> Stored:
+    """What a single weight became, once the device is done with it."""
     result.ready()
     lora_A, lora_B = result.factors
     return result.base[0], (lora_A[0], lora_B[0])
 
 
-def _replace(plan: Plan, block: nn.Module, layer: str, job: WeightJob, stored: Stored) -> None:
-    """Put the weight that the loaded model will have in the layer's place."""
-    parameter = block.get_parameter(f"{layer}.weight")
-    base = {name: tensor.to(parameter.device) for name, tensor in stored[0].items()}
-    lora_A, lora_B = (factor.to(parameter.device) for factor in stored[1])
-    scaling = peft_adapter.scaling(plan.config.rank, plan.config.alpha or plan.config.rank, plan.config.rslora)
-    lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, scaling)
+def _loaded(plan: Plan, job: WeightJob, stored: Stored, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The weight that the loaded model will have, without and with its adapter: float32 [m, n]."""
+    base = {name: tensor.to(device) for name, tensor in stored[0].items()}
+    lora_A, lora_B = (factor.to(device) for factor in stored[1])
+    lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, plan.scaling)
     values = plan.format.read(job.stored_prefix, base, plan.empty(job))
-    parameter.copy_(torch.addmm(values, lora_B, lora_A))
+    return values, torch.addmm(values, lora_B, lora_A)
 
 
 def _error(expected: Tensor, actual: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli import __version__, lean
+from loftq_cli import __version__, lean, options
 from loftq_cli.console import speaking
 from loftq_cli.errors import ConfigError, Interrupted, again
 
@@ -40,9 +40,6 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdou
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
 VerboseFlag = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv adds tracebacks.")]
 
-QUANTIZATION, ADAPTER, CALIBRATION, INPUT = "Quantization", "Adapter", "Calibration", "Input"
-OUTPUT, HARDWARE = "Output", "Hardware"
-
 
 def main() -> None:
     """Entry point of the `loftq` script."""
@@ -70,118 +67,39 @@ def _version(
 
 @app.command(epilog="Options can also stand in a YAML file (--config), one `option: value` a line; flags win.")
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a safetensors checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make: base checkpoint, adapter in loftq_init/, report, card.")],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options.")] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. \\[default: 4]", rich_help_panel=QUANTIZATION)] = None,
-    quantizer: Annotated[
-        str | None,
-        typer.Option(
-            help="uniform, uniform-symmetric or nf (NormalFloat). \\[default: nf at 4 bits, else uniform]",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Consecutive inputs that share a scale; -1 is a whole row. \\[default: 64]",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, bnb, gptq, compressed-tensors or dense. \\[default: auto: the first of bnb, gptq, dense "
-            "that holds the result]",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None,
-    double_quant: Annotated[
-        bool | None,
-        typer.Option(
-            "--double-quant/--no-double-quant",
-            help="Quantize the scales too, as QLoRA does (nf, bnb). \\[default: no]",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB", help="Module names to leave as they are; repeatable.", rich_help_panel=QUANTIZATION
-        ),
-    ] = None,
-    bits_for: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB=BITS", help="Other bits for some modules; repeatable.", rich_help_panel=QUANTIZATION
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="loftq, qlora (adapter starts at zero); or, from text: qera, cloq. \\[default: loftq]",
-            rich_help_panel=ADAPTER,
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapter. \\[default: 16]", rich_help_panel=ADAPTER)
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="LoRA alpha; divided out of the factors. \\[default: rank]", rich_help_panel=ADAPTER),
-    ] = None,
-    rslora: Annotated[
-        bool | None,
-        typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank. \\[default: no]", rich_help_panel=ADAPTER),
-    ] = None,
-    iters: Annotated[
-        int | None, typer.Option(help="Alternations; the best one is kept. \\[default: 5]", rich_help_panel=ADAPTER)
-    ] = None,
-    adapter_dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16. \\[default: float32]", rich_help_panel=ADAPTER),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Text that a calibrated method sees: a file (.txt; .jsonl with `text` or `messages`) or a data set "
-            "NAME:CONFIG:SPLIT. \\[default: a novel]",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Windows of text. \\[default: 128]", rich_help_panel=CALIBRATION)
-    ] = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(help="Tokens in a window. \\[default: 2048, or the model's longest]", rich_help_panel=CALIBRATION),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=INPUT)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option(
-            "--trust-remote-code/--no-trust-remote-code",
-            help="Run the checkpoint's own Python to find its layers. \\[default: no]",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Finish an interrupted run.", rich_help_panel=OUTPUT)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what loftq wrote in OUT.", rich_help_panel=OUTPUT)
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.", rich_help_panel=OUTPUT),
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]", rich_help_panel=HARDWARE)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="\\[default: 0]", rich_help_panel=HARDWARE)] = None,
+    model: options.Model,
+    out: options.Out,
+    config: options.Config = None,
+    bits: options.Bits = None,
+    quantizer: options.Quantizer = None,
+    group_size: options.GroupSize = None,
+    format: options.Format = None,
+    double_quant: options.DoubleQuant = None,
+    skip: options.Skip = None,
+    bits_for: options.BitsFor = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    alpha: options.Alpha = None,
+    rslora: options.Rslora = None,
+    iters: options.Iters = None,
+    adapter_dtype: options.AdapterDtype = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    init: options.Init = None,
+    epochs: options.Epochs = None,
+    factor_lr: options.FactorLr = None,
+    clip_lr: options.ClipLr = None,
+    augmented: options.Augmented = None,
+    finish_epochs: options.FinishEpochs = None,
+    finish_lr: options.FinishLr = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    device: options.Device = None,
+    seed: options.Seed = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
@@ -191,20 +109,22 @@ def quantize(
         "bits": bits, "quantizer": quantizer, "group_size": group_size, "format": format, "double_quant": double_quant,
         "skip": tuple(skip) if skip else None, "bits_for": bits_for or None, "method": method,
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
-        "calibration": calibration, "samples": samples, "seqlen": seqlen,
+        "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
+        "factor_lr": factor_lr, "clip_lr": clip_lr, "augmented": augmented,
+        "finish_epochs": finish_epochs, "finish_lr": finish_lr,
         "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
     }  # fmt: skip
     silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks
     with speaking(json, quiet, verbose, silent) as output:
         from loftq_cli.config import load_config
 
-        options = load_config(config, flags)
+        decided = load_config(config, flags)
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
         from loftq_cli.ranks import joined
 
-        plan = pipeline.plan_quantize(model, options, to_run=not dry_run)
+        plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:

@@ -12,7 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from loftq_cli.errors import ConfigError, did_you_mean
 
 Bits = Literal[2, 3, 4, 8]
-CALIBRATED = ("qera", "cloq")  # methods that see text
+CALIBRATED = ("qera", "cloq", "apiq-lw", "apiq-bw")  # methods that see text
+TRAINED = ("apiq-lw", "apiq-bw")
+EPOCHS = {"qlora": 20}  # of training, as published; from a better start fewer do
+FEWER_EPOCHS = 5
 
 
 def parse_bits_for(value: Any) -> Any:
@@ -51,7 +54,7 @@ class QuantizeConfig(BaseModel):
     skip: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
     bits_for: Annotated[dict[str, Bits], BeforeValidator(parse_bits_for)] = Field(default_factory=dict)
 
-    method: Literal["loftq", "qlora", "qera", "cloq"] = "loftq"
+    method: Literal["loftq", "qlora", "qera", "cloq", "apiq-lw", "apiq-bw"] = "loftq"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     rslora: bool = False
@@ -61,6 +64,13 @@ class QuantizeConfig(BaseModel):
     calibration: str | None = None
     samples: int = Field(default=128, ge=1)
     seqlen: int | None = Field(default=None, ge=2)
+    init: Literal["cloq", "qera", "loftq", "qlora"] | None = None
+    epochs: int | None = Field(default=None, ge=1)
+    factor_lr: float = Field(default=5e-4, gt=0)
+    clip_lr: float = Field(default=5e-3, gt=0)
+    augmented: bool = False
+    finish_epochs: int = Field(default=0, ge=0)
+    finish_lr: float = Field(default=2e-4, gt=0)
 
     revision: str | None = None
     trust_remote_code: bool = False
@@ -76,8 +86,10 @@ class QuantizeConfig(BaseModel):
             raise ValueError("`quantizer` nf has 2, 3 or 4 bits; use `uniform` for 8")
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
-        if self.method == "cloq" and self.default_quantizer() == "nf":
-            raise ValueError("`method` cloq rounds to a grid of integers: use the quantizer `uniform`, not `nf`")
+        if (self.method == "cloq" or self.is_trained) and self.default_quantizer() == "nf":
+            raise ValueError(f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `nf`")
+        if self.init is not None and not self.is_trained:
+            raise ValueError(f"`init` is where training starts, of {' and '.join(TRAINED)}; not for `{self.method}`")
         if self.calibration is not None and self.method not in CALIBRATED:
             raise ValueError(f"`calibration` is for the methods {', '.join(CALIBRATED)}; `{self.method}` sees no text")
         if self.double_quant and self.default_quantizer() != "nf":
@@ -86,13 +98,26 @@ class QuantizeConfig(BaseModel):
             raise ValueError("`double_quant` needs 4 bits throughout: only the `bnb` format stores such scales")
         return self
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the method trains what a closed form begins."""
+        return self.method in TRAINED
+
+    def decided(self) -> QuantizeConfig:
+        """The same with the defaults that depend on other options; only a plan can choose the format."""
+        update: dict[str, Any] = {"quantizer": self.default_quantizer(), "alpha": self.alpha or float(self.rank)}
+        if self.is_trained:
+            init = self.init or "cloq"
+            update |= {"init": init, "epochs": self.epochs or EPOCHS.get(init, FEWER_EPOCHS)}
+        return self.model_copy(update=update)
+
     def default_quantizer(self) -> str:
         """The quantizer asked for, else: symmetric for compressed-tensors, `nf` for 4 bits in bnb, else `uniform`."""
         if self.quantizer is not None:
             return self.quantizer
         if self.format == "compressed-tensors":
             return "uniform-symmetric"
-        if self.method == "cloq":
+        if self.method == "cloq" or self.is_trained:
             return "uniform"
         only_4_bits = {self.bits, *self.bits_for.values()} == {4}
         return "nf" if only_4_bits and self.format in ("auto", "bnb", "dense") else "uniform"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,16 +15,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
-from loftq_cli.jobs import WeightBatch
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import peft_adapter
+from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
 from loftq_cli.resume import adapter_names, growing
 from loftq_cli.room import Room
-from loftq_cli.worker import BatchResult, row_dict
+from loftq_cli.worker import BatchResult, hash_tensor, row_dict
 
 COMMIT_SECONDS = 0.2  # between commits: a kill loses that and what is in flight; little is left to flush at the end
 GPU_THREADS, CPU_THREADS = 8, 1  # a hash takes 1.4 GB/s, and every byte is hashed twice
@@ -109,6 +113,17 @@ class Outputs:
     def put(self, result: BatchResult, read_seconds: float) -> None:
         """Write the result of a batch, or of a part of one, in the background; waits while too many are under way."""
         self._submit(result.nbytes, self._store, result, read_seconds)
+
+    def rewrite(self, job: WeightJob, factors: tuple[Tensor, Tensor], measured: Mapping[str, Any]) -> None:
+        """Replace the factors of a weight that is written, and what its row says of them."""
+        tensors = dict(zip(peft_adapter.tensor_names(job.module), factors, strict=True))
+        row = {**self.journal.rows[job.tensor], **measured}
+        row["sha256"] = {**row["sha256"], **{name: hash_tensor(tensor) for name, tensor in tensors.items()}}
+        for name, tensor in tensors.items():
+            self.adapter.write(name, tensor)
+        with self._lock:
+            self._pending.written.setdefault(ADAPTER_FILE, []).extend(tensors)
+            self._pending.rows.append(row)
 
     def finished(self) -> list[tuple[str, int]]:
         """Modules that are done since the last call, with the bytes of their weights; raises what writing raised."""
@@ -263,3 +278,19 @@ class Outputs:
         with self._lock:
             self._pending.whole[file] = sha256
         self.commit()
+
+
+def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
+    """Refuse when the file system of `out` lacks room for what is still to be written.
+
+    Raises:
+        LoftqError: with the bytes needed and free.
+    """
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise LoftqError(
+            f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
+            "free some space, or choose an OUT on another disk",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 
 from loftq_cli import __version__
 from loftq_cli.batches import compute_batch, load_batch, rehearse
-from loftq_cli.blocks import BlockRow, describe, prepare, run_blocks
+from loftq_cli.blocks import Measured, describe, prepare, run_blocks
 from loftq_cli.calibration.text import Calibration
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
@@ -38,14 +38,13 @@ from loftq_cli.journal import (
 )
 from loftq_cli.lanes import Lanes
 from loftq_cli.lowrank import full_precision
-from loftq_cli.outputs import Outputs
+from loftq_cli.outputs import Outputs, check_disk
 from loftq_cli.plan import (
     ADAPTER_FILE,
     INDEX_FILE,
     Plan,
     Step,
     adapter_metadata,
-    check_disk,
     make_plan,
     output_config,
     output_index,
@@ -137,10 +136,10 @@ def run_plan(
         journal.begin(identity, planned_files(plan))
         with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
             ranks.tell(journal.number)
-            blocks = run_steps(plan, outputs, device, ranks, progress, calibration)
+            measured = run_steps(plan, outputs, device, ranks, progress, calibration)
             if ranks.size > 1:
                 journal.load()  # the other ranks' rows
-            report = finish(plan, out, outputs.adapter, journal, device, calibration, blocks)
+            report = finish(plan, out, outputs.adapter, journal, device, calibration, measured)
     ranks.wait()
     return report
 
@@ -173,7 +172,7 @@ def run_steps(
     ranks: Ranks,
     progress: Progress,
     calibration: Calibration | None = None,
-) -> list[BlockRow]:
+) -> Measured | None:
     """Read ahead, compute, write behind: all at the same time, with a bounded number of weights under way.
 
     With `calibration`, weights in transformer blocks come afterwards, block by block.
@@ -181,7 +180,6 @@ def run_steps(
     steps = ranks.share(outputs.missing())
     in_blocks: list[WeightBatch] = []
     beside: list[Step] = []
-    blocks: list[BlockRow] = []
     for step in steps:
         if calibration and isinstance(step, WeightBatch) and step.first.block:
             in_blocks.append(step)
@@ -207,16 +205,21 @@ def run_steps(
                 lanes.submit(compute_batch, plan, step, loading, outputs, lanes, device)
             report()
         lanes.wait()
-        for row in run_blocks(plan, in_blocks, calibration, outputs, device) if calibration else ():
-            blocks.append(row)
-            report()
+        measured = None
+        if calibration:
+
+            def tell(block: str) -> None:
+                report()
+                progress(block, 0)
+
+            measured = run_blocks(plan, in_blocks, calibration, outputs, device, tell)
     outputs.drain()
     outputs.commit()
     ranks.wait()
     outputs.finish_shards()
     ranks.wait()
     report()
-    return blocks
+    return measured
 
 
 def finish(
@@ -226,7 +229,7 @@ def finish(
     journal: Journal,
     device: torch.device,
     calibration: Calibration | None,
-    blocks: Sequence[BlockRow],
+    measured: Measured | None,
 ) -> dict[str, Any]:
     """Write what surrounds the shards; index, config.json and report last, so that OUT is never half loadable."""
     late = {"config.json": _json_bytes(output_config(plan))}
@@ -248,9 +251,9 @@ def finish(
     for name, data in late.items():
         write_file(out / name, data)
     report = build_report(plan, journal, files, adapter_config, device)
-    if calibration is not None:
+    if calibration is not None and measured is not None:
         report["config"]["calibration_tokens"] = describe(calibration)["sha256"]
-        report["calibration"] = {**describe(calibration), "blocks": [asdict(block) for block in blocks]}
+        report["calibration"] = {**describe(calibration), **asdict(measured)}
     write_file(out / "README.md", model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
     journal.remove()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +114,17 @@ class Plan:
         return self.config.method in CALIBRATED
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether anything asks for second moments of layers' inputs."""
+        return self.config.method != "apiq-bw" or self.config.init in ("qera", "cloq")
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's."""
+        assert self.config.alpha is not None, "a plan has decided it"
+        return peft_adapter.scaling(self.config.rank, self.config.alpha, self.config.rslora)
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the weights are computed on a GPU."""
         return torch.device(self.config.device).type == "cuda"
@@ -169,9 +178,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     linears, skipped, skipped_linears = apply_skips(targets, config.skip)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
-    decided = config.model_copy(
-        update={"quantizer": config.default_quantizer(), "alpha": config.alpha or float(config.rank)}
-    )
+    decided = config.decided()
     jobs = make_jobs(checkpoint, linears, decided)
     refuse_rank(jobs, decided)
     notes = [targets.note] if targets.note else []
@@ -230,22 +237,6 @@ def output_index(plan: Plan) -> dict[str, Any]:
     weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.layout}
     total = sum(spec.nbytes for shard in plan.shards for spec in shard.layout)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
-    """Refuse when the file system of `out` lacks room for what is still to be written.
-
-    Raises:
-        LoftqError: with the bytes needed and free.
-    """
-    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise LoftqError(
-            f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
-            "free some space, or choose an OUT on another disk",
-        )
 
 
 def _choose_format(build: Callable[..., Plan]) -> tuple[Plan, str]:

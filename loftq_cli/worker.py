@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
 
+from loftq_cli.calibration.observe import LayerErrors, row_fields
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, output_error, seed_for, squared_norm
+from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm
+from loftq_cli.methods.trained import Fit
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import residual as residual_of
 from loftq_cli.quantizers.base import unstack
+from loftq_cli.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,11 @@ class WeightRow:
     relative_error: float
     relative_error_without_adapter: float
     norm: float
-    output_error: float | None  # ‖X(W − Ŵ)ᵀ‖_F / ‖XWᵀ‖_F on the calibration samples, and on samples held out
+    output_error: float | None  # see `OutputErrors`: on the calibration samples, and on samples held out
     output_error_without_adapter: float | None
     held_out_output_error: float | None
     held_out_output_error_without_adapter: float | None
+    training: Fit | None  # of the weight, or of its block as a whole
     sha256: dict[str, str]  # of each stored tensor's bytes, so that `verify` can name what was changed
     seconds: float
 
@@ -58,45 +57,14 @@ class WeightResult:
     row: WeightRow
 
 
-class Stopwatch:
-    """Seconds by stage on one device: in a GPU's own time, by events that nobody waits for until the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time what runs inside as `stage`."""
-        start = self._now()
-        yield
-        self._spans.append((stage, start, self._now()))
-
-    def seconds(self) -> dict[str, float]:
-        """The seconds of each stage; on a GPU only after its work is done."""
-        totals: dict[str, float] = defaultdict(float)
-        for stage, start, end in self._spans:
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                totals[stage] += start.elapsed_time(end) / 1e3
-            elif isinstance(start, float) and isinstance(end, float):
-                totals[stage] += end - start
-        return dict(totals)
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 @dataclass
 class BatchResult:
     """The result of a batch on its way from the device; `wait` for it, then it can be looked at.
 
-    Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 1 + 3 K]: iterations,
-    and squared norms of the weight and of the error without and with the adapter, in each of K metrics: plain (K = 1),
-    or also those of the Gram matrices of calibration and of held-out samples (K = 3).
+    `output_errors` and `training` are of its only weight, where a calibrated method measured them.
+
+    Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 4]: iterations, squared
+    norms of the weight and of the error without and with the adapter.
     """
 
     plan: Plan
@@ -107,6 +75,8 @@ class BatchResult:
     factors: list[Tensor]
     measured: Tensor
     watch: Stopwatch
+    output_errors: LayerErrors = (None, None)
+    training: Fit | None = None
     done: torch.cuda.Event | None = None
     on_device: Tensor | None = None  # what is being copied from there
 
@@ -138,11 +108,7 @@ class BatchResult:
         """Each weight's tensors and row, after `wait`."""
         seconds = sum(self.watch.seconds().values()) / len(self.batch.jobs)
         for i, job in enumerate(self.batch.jobs):
-            iterations, *squares = self.measured[i].tolist()
-            in_metrics = zip(squares[::3], squares[1::3], squares[2::3], strict=True)
-            pairs = [(relative(before, norm), relative(after, norm)) for norm, before, after in in_metrics]
-            (before, after), *of_outputs = pairs
-            measured = [*of_outputs, (None, None), (None, None)]
+            iterations, norm, before, after = self.measured[i].tolist()
             names = peft_adapter.tensor_names(job.module)
             adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)}
             row = WeightRow(
@@ -156,65 +122,77 @@ class BatchResult:
                 rank=self.plan.config.rank,
                 device=self.device.type,
                 iterations=int(iterations),
-                relative_error=after,
-                relative_error_without_adapter=before,
-                norm=squares[0] ** 0.5,
-                output_error=measured[0][1],
-                output_error_without_adapter=measured[0][0],
-                held_out_output_error=measured[1][1],
-                held_out_output_error_without_adapter=measured[1][0],
+                relative_error=relative(after, norm),
+                relative_error_without_adapter=relative(before, norm),
+                norm=norm**0.5,
+                **row_fields(self.output_errors),
+                training=self.training,
                 sha256={name: hash_tensor(tensor) for name, tensor in {**self.base[i], **adapter}.items()},
                 seconds=round(seconds, 6),
             )
             yield WeightResult(self.base[i], adapter, row)
 
 
-def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor, grams: Sequence[Tensor] = ()) -> BatchResult:
-    """Run the plan's method on a batch, on the device of `weights`, without waiting for a GPU.
+def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResult:
+    """Run the plan's weight-only method on a batch, on the device of `weights`, without waiting for a GPU.
 
     Args:
         plan: the decided options.
         batch: which weights they are.
         weights: [B, m, n], any float dtype.
-        grams: [n, n] of what all of them multiply, of calibration and of held-out samples; none for a weight-only
-            method, which stands in for a calibrated one where nothing was seen.
     """
-    job, config = batch.first, plan.config
-    assert config.alpha is not None, "a plan has decided it"
     watch = Stopwatch(weights.device)
-    # a GPU's kernels read the stored dtype, a CPU would convert it in every round
-    W = weights if weights.is_cuda and not grams else weights.float()
-    quantizer = plan.make_quantizer(job)
+    return store(plan, batch, weights, decompose(plan, batch, weights, None, watch), watch)
+
+
+def decompose(
+    plan: Plan, batch: WeightBatch, weights: Tensor, inputs: Inputs | None, watch: Stopwatch
+) -> Decomposition:
+    """Run the plan's method, or the one that its training starts from, on a batch.
+
+    Args:
+        plan: as `batch`, `weights`, see `quantize_batch`.
+        batch: which weights they are.
+        weights: [B, m, n].
+        inputs: of all of them; None for a weight-only method, which stands in for a calibrated one where nothing was
+            seen.
+        watch: for the stages of the method.
+    """
+    config = plan.config
+    name = config.init or config.method
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
-    method: Callable[..., Decomposition] = METHODS.get(config.method, METHODS["loftq"])
-    if grams:
-        method = partial(GRAM_METHODS[config.method], gram=grams[0])
-    made = method(W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+    quantizer = plan.make_quantizer(batch.first)
+    if inputs is not None and name in GRAM_METHODS:
+        target, method = inputs.target(weights), GRAM_METHODS[name]
+        return method(target, quantizer, config.rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
+    # a GPU's kernels read the stored dtype, a CPU would convert it in every round
+    W = weights if weights.is_cuda else weights.float()
+    return METHODS.get(name, METHODS["loftq"])(W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+
+
+def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, watch: Stopwatch) -> BatchResult:
+    """Round `made` to what is stored, and measure the errors that it then has."""
+    config = plan.config
+    W = weights if weights.is_cuda else weights.float()
     with watch("quantize"):
-        scaling = peft_adapter.scaling(config.rank, config.alpha, config.rslora)
         dtype = getattr(torch, config.adapter_dtype)
-        factors = peft_adapter.stored_factors(made.factors.lora_A, made.factors.lora_B, scaling, dtype)
-        zero = peft_adapter.stored_factors(made.start.lora_A, made.start.lora_B, scaling, dtype)
+        factors = peft_adapter.stored_factors(made.factors.lora_A, made.factors.lora_B, plan.scaling, dtype)
+        zero = peft_adapter.stored_factors(made.start.lora_A, made.start.lora_B, plan.scaling, dtype)
 
         rows = W.view(-1, W.shape[2])
-        metrics: list[Callable[[Tensor], Tensor]] = [
-            squared_norm,
-            *(partial(output_error, gram=gram) for gram in grams),
-        ]
-        norms = [metric(W) for metric in metrics]
+        norm = squared_norm(W)
         residual = residual_of(rows, made.quantized).view(W.shape)
-        before = [metric(residual) for metric in metrics]
-        lora_A, lora_B = peft_adapter.applied_factors(*factors, scaling)
+        before = squared_norm(residual)
+        lora_A, lora_B = peft_adapter.applied_factors(*factors, plan.scaling)
         residual.baddbmm_(lora_B, lora_A, alpha=-1)
-        after = [metric(residual) for metric in metrics]
+        after = squared_norm(residual)
         del residual
-        # else there is nothing to repair, or the adapter's dtype cannot hold the factors
-        deciding = 1 if grams else 0
-        repaired = after[deciding] < before[deciding]
+        # else there is nothing to repair, or the adapter's dtype cannot hold the factors; what repairs outputs may
+        # well move a weight away from the source's
+        repaired = after.isfinite() if plan.is_calibrated else after < before
         chosen = [torch.where(repaired[:, None, None], a, b) for a, b in zip(factors, zero, strict=True)]
         iterations = torch.where(repaired, made.iterations, 0).double()
-        after = [torch.where(repaired, a, b) for a, b in zip(after, before, strict=True)]
-        measured = torch.stack([iterations, *chain(*zip(norms, before, after, strict=True))], 1)
+        measured = torch.stack([iterations, norm, before, torch.where(repaired, after, before)], 1)
         base = [
             plan.format.tensors(job.stored_prefix, quantized)
             for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)

@@ -6,6 +6,7 @@
     python scripts/bench.py agree MODEL     CUDA against CPU on every weight: codes and errors
     python scripts/bench.py quantize MODEL  a whole run beside the time that moving the bytes takes, and full SVDs
     python scripts/bench.py profile MODEL   where the time of a run goes; MODEL with a few layers
+    python scripts/bench.py perplexity ...  perplexity before any fine-tuning; it has flags of its own, see its --help
     python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
 Prints a Markdown table and writes scripts/results/NAME.json (BENCH_RESULTS names another folder), with the machine
@@ -27,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this loftq, not an installed one
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_perplexity
 import bench_profile
 import bench_quantize
 from bench_common import GROUP_SIZE, HERE, ITERS, RANK, full_svd_loop, now, print_table, relative, save, table_row
@@ -52,6 +54,7 @@ COLUMNS = {  # of the printed tables, with their format specifications
     },
     "quantize": bench_quantize.COLUMNS,
     "profile": bench_profile.COLUMNS,
+    "perplexity": bench_perplexity.COLUMNS,
 }  # fmt: skip
 
 
@@ -275,6 +278,8 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [bench_perplexity.NAME]:
+        sys.exit(bench_perplexity.main(sys.argv[2:]))
     arguments = vars(parse())
     what, model = arguments.pop("what"), arguments.pop("model")
     if what in ("loop", "readme"):

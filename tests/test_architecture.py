@@ -15,7 +15,7 @@ OWN = {  # folder → what it may import of this package
     "kernels": {"loftq_cli.kernels"},
     "quantizers": {"loftq_cli.quantizers", "loftq_cli.kernels"},
     "lowrank": {"loftq_cli.lowrank", "loftq_cli.kernels"},
-    "methods": {"loftq_cli.methods", "loftq_cli.lowrank", "loftq_cli.quantizers"},
+    "methods": {"loftq_cli.methods", "loftq_cli.lowrank", "loftq_cli.quantizers", "loftq_cli.kernels"},
     "formats": {"loftq_cli.formats", "loftq_cli.quantizers", "loftq_cli.errors"},
     "checkpoint": {"loftq_cli.checkpoint", "loftq_cli.errors"},
     "calibration": {"loftq_cli.calibration", "loftq_cli.checkpoint", "loftq_cli.errors"},

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 
 from scripts import bench, make_checkpoint
-from tests.conftest import TINY_LLAMA
+from tests.conftest import TINY_LLAMA, save_llama
+from tests.test_eval import save_tokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -186,3 +187,91 @@ def test_memory_of_a_process_and_its_children() -> None:
     assert 64 << 20 <= result["RssAnon"] <= result["VmHWM"] < 256 << 20
     with pytest.raises(RuntimeError, match="exit code 3"):
         bench.bench_quantize.run_process([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_the_table_of_perplexities_is_filled_by_several_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from loftq_cli import quantize
+    from loftq_cli.evaluate import evaluate
+
+    perplexity, results, scratch = bench.bench_perplexity, tmp_path / "results", tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    for folder in ("RESULTS", "HERE"):
+        monkeypatch.setattr(f"bench_common.{folder}", results)
+    texts = {}  # their beginnings: to tokenize them whole takes longer than all the rest
+    for name, part in (("Wikipedia", "wikipedia_eval"), ("Austen", "austen_persuasion")):
+        assert perplexity.TEXTS[name] == SCRIPTS / f"data/{part}.txt"
+        texts[name] = tmp_path / f"{part}.txt"
+        texts[name].write_text(perplexity.TEXTS[name].read_text()[:1000])
+    monkeypatch.setattr(perplexity, "TEXTS", texts)
+    model = save_llama(tmp_path / "model")
+    save_tokenizer(model)
+    settings = ["--model", str(model), "--bits=2", "--ranks=4", "--samples=3", "--seqlen=64"]
+    settings += ["--eval-seqlen=64", "--max-tokens=630"]
+
+    # the first arm fails: it is said, nothing of it is saved, and the others go on
+    arguments = [*settings, "--methods", "cloq", "qlora"]
+    assert perplexity.main([*arguments, "--arm", "broken=--method absent"]) == 1
+    said = capfd.readouterr()
+    assert "--method absent" in said.err  # the reason
+    assert said.err.endswith("failed: broken, 2 bits, rank 4\n")
+    (file,) = results.iterdir()
+    content = json.loads(file.read_text())
+    source, *rows = content["rows"]
+    assert [(row["method"], row["bits"], row["rank"]) for row in rows] == [("qlora", 2, 4), ("cloq", 2, 4)]
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["source", "qlora", "cloq"]
+    assert not list(scratch.iterdir())
+    assert str(tmp_path) not in file.read_text()
+    assert "--calibration wikipedia_calibration.txt --samples 3 --seqlen 64" in rows[1]["flags"]
+    assert "--calibration" not in rows[0]["flags"]
+
+    # what stands there is what two other calls give
+    calibration = {"calibration": str(SCRIPTS / "data/wikipedia_calibration.txt"), "samples": 3, "seqlen": 64}
+    for row, options in zip(rows, ({}, calibration), strict=True):
+        out = tmp_path / row["method"]
+        quantize(model, out, method=row["method"], bits=2, rank=4, quantizer="uniform", format="dense", **options)
+        for name, file_of_text in texts.items():
+            measured = evaluate(out, file_of_text, str(model), seqlen=64, max_tokens=630)
+            expected = {line.name: line.perplexity for line in measured.rows}
+            assert measured.protocol == source["protocol"][name]
+            assert source[f"{name} perplexity"] == pytest.approx(expected["source"], rel=1e-4)
+            assert row[f"{name} perplexity"] == pytest.approx(expected["base + adapter"], rel=1e-4)
+            assert row["base alone"][name] == pytest.approx(expected["base alone"], rel=1e-4)
+            ratio = expected["base + adapter"] / expected["source"]
+            assert row[f"{name}, × source"] == pytest.approx(ratio, rel=1e-4)
+    values = {row[f"{name} perplexity"] for row in content["rows"] for name in perplexity.TEXTS}
+    assert len(values) == 6  # none of them could stand for another
+    for row in rows:
+        assert row["seconds"] > row["stages, s"]["total"] > 0
+        assert 0.1 < row["host, GiB"] < 8
+
+    # what is there is not measured again, but for an arm with other settings, or where it is asked for
+    calls = []
+
+    def measure(model: Path, flags: list[str], evaluation: dict[str, int], with_source: bool) -> dict[str, Any]:
+        assert not with_source
+        calls.append(flags)
+        peaks = {"peak_device_bytes": 1, "peak_host_bytes": 1}
+        totals = {"bits_per_weight": 2, "relative_error": 0, "seconds": {}, **peaks}
+        texts = {name: {"base alone": 7.0, "base + adapter": 5.0} for name in perplexity.TEXTS}
+        return {"wall": 1.0, "VmHWM": 1, "totals": totals, "texts": texts}
+
+    monkeypatch.setattr(perplexity, "measure", measure)
+    before = file.read_text()
+    assert perplexity.main(arguments) == 0
+    assert (calls, file.read_text()) == ([], before)
+    assert "cloq, 2 bits, rank 4: there already" in capfd.readouterr().err
+    assert perplexity.main([*arguments, "--samples=2"]) == 0  # qlora sees no text
+    assert len(calls) == 1
+    assert calls[0][calls[0].index("--samples") + 1] == "2"
+    assert perplexity.main([*settings, "--methods", "qlora", "--again"]) == 0
+    assert perplexity.main([*settings, "--arm", "more=--iters 9"]) == 0
+    assert [flags[-2:] for flags in calls[1:]] == [["--format", "dense"], ["--iters", "9"]]
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["method"], row["Austen perplexity"]) for row in rows[1:]] == [("qlora", 5), ("cloq", 5), ("more", 5)]
+    assert rows[0] == source
+    with pytest.raises(SystemExit, match="other settings"):
+        perplexity.main([*settings, "--max-tokens=100"])
+    assert json.loads(file.read_text())["rows"] == rows

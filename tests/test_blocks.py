@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from peft import PeftModel
 from torch import Tensor
 from typer.testing import CliRunner
 
-from loftq_cli import outputs, pipeline
-from loftq_cli.blocks import _by_input, _grams, _parts
+from loftq_cli import fitting, outputs, pipeline
+from loftq_cli.blocks import prepare
+from loftq_cli.calibration.observe import by_input, compare, moments
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.fitting import Block, micro_batches
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.targets import state_keys
 from loftq_cli.verify import verify
@@ -60,7 +63,7 @@ def streamed(folder: Path, paths: list[str], tokens: Tensor) -> dict[str, list[T
     checkpoint = open_checkpoint(str(folder), None)
     model = build_to_run(checkpoint, trust_remote_code=False)
     names, _ = state_keys(checkpoint, model)
-    parts = _parts(4, len(tokens), 3)
+    parts = micro_batches(4, len(tokens), 3)
     stream = BlockStream(model, checkpoint, names, paths, tokens, parts, torch.device("cpu"), torch.float32)
     ends: dict[str, Tensor] = {}
     left: dict[str, list[Tensor]] = {}
@@ -101,8 +104,8 @@ def test_streams_are_what_the_whole_model_computes(family: str, tmp_path: Path) 
 
 
 def test_micro_batches_keep_held_out_samples_apart() -> None:
-    assert _parts(4, 7, 3) == [slice(0, 3), slice(3, 4), slice(4, 7)]
-    assert _parts(2, 2, 5) == [slice(0, 2)]
+    assert micro_batches(4, 7, 3) == [slice(0, 3), slice(3, 4), slice(4, 7)]
+    assert micro_batches(2, 2, 5) == [slice(0, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -137,34 +140,67 @@ def options(text: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_grams_are_those_of_the_inputs(speaking: Path) -> None:
-    model = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
+def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
+    """Of a whole model beside one with other weights, hooked and summed in float64."""
+    models = [tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval() for _ in range(2)]
+    changed = models[1].model.layers[0].self_attn.v_proj.weight
+    noise = torch.randn(changed.shape, generator=torch.Generator().manual_seed(2))
+    repaired = changed.detach() + 0.1 * noise
     tokens = torch.randint(5, 90, (6, 16), generator=torch.Generator().manual_seed(1))
-    seen: list[Tensor] = []
-    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    with torch.no_grad():
-        model(tokens)
+    entered: dict[str, list[Tensor]] = {"self_attn.v_proj": [], "mlp.down_proj": []}
+    changed.data.copy_(repaired)
+    for model in models:
+        for layer, seen in entered.items():
+            model.model.layers[0].get_submodule(layer).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0].double())
+            )
+        with torch.no_grad():
+            model(tokens)
     checkpoint = open_checkpoint(str(speaking), None)
     skeleton = build_to_run(checkpoint, trust_remote_code=False)
     names, _ = state_keys(checkpoint, skeleton)
+    parts = micro_batches(4, 6, 3)
     stream = BlockStream(
-        skeleton, checkpoint, names, ["model.layers"], tokens, _parts(4, 6, 3), torch.device("cpu"), torch.float32
+        skeleton, checkpoint, names, ["model.layers"], tokens, parts, torch.device("cpu"), torch.float32
     )
     (stack,) = stream.stacks
-    activations = stream.begin(stack, {})
-    with stream.loaded(stack, 0) as block, torch.no_grad():
-        layers = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
-        groups = _by_input(block, layers, next(stream.runs(stack, 0, activations)))
+    enters = stream.begin(stack, {})
+    made: dict[str, Tensor] = {name: torch.empty_like(enters.hidden) for name in ("whole", "ours", "plain")}
+
+    def hand_on(rows: slice, *parts: Tensor) -> None:
+        for tensor, part in zip(made.values(), parts, strict=True):
+            tensor[rows] = part
+
+    with stream.loaded(stack, 0) as module, torch.no_grad():
+        block = Block(stream, stack, 0, copy.deepcopy(module), module, enters, enters, 4)
+        layers = [name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
+        groups = by_input(module, layers, next(stream.runs(stack, 0, enters)))
         assert [sorted(group) for group in groups] == [
             ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
             ["self_attn.o_proj"],
             ["mlp.gate_proj", "mlp.up_proj"],
             ["mlp.down_proj"],
         ]
-        grams = _grams(block, "mlp.down_proj", stream.runs(stack, 0, activations), 4)
-    for gram, x in zip(grams, (seen[0][:4], seen[0][4:]), strict=True):
-        flat = x.flatten(0, 1).double()
-        torch.testing.assert_close(gram.double(), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6)
+        base = module.get_parameter("self_attn.v_proj.weight") + 0.3 * noise
+        bases = {"self_attn.v_proj": base, "mlp.down_proj": module.get_parameter("mlp.down_proj.weight").clone()}
+        block.put("self_attn.v_proj", repaired)
+        found = moments(block.source, module, "mlp.down_proj", block.pairs(), 4)
+        errors = compare(block.source, module, bases, block.pairs(), 4, hand_on)
+    for which, rows in enumerate((slice(0, 4), slice(4, 6))):
+        x, ours = (seen[rows].flatten(0, 1) for seen in entered["mlp.down_proj"])
+        for actual, expected in ((found[which].gram, ours.T @ ours), (found[which].drift, (x - ours).T @ ours)):
+            torch.testing.assert_close(actual.double(), expected / len(ours), rtol=1e-4, atol=1e-6)
+        down = models[0].model.layers[0].mlp.down_proj.weight.detach().double()
+        drift = float(((x - ours) @ down.T).norm() / (x @ down.T).norm())
+        of_down, of_v = errors["mlp.down_proj"][which], errors["self_attn.v_proj"][which]
+        assert of_down is not None
+        assert of_v is not None
+        assert of_down.with_adapter == of_down.without_adapter == pytest.approx(drift, rel=1e-4)
+        x = entered["self_attn.v_proj"][0][rows].flatten(0, 1)
+        v = models[0].model.layers[0].self_attn.v_proj.weight.detach().double()
+        assert of_v.with_adapter == pytest.approx(float((x @ (0.1 * noise.double()).T).norm() / (x @ v.T).norm()), 1e-4)
+        assert of_v.without_adapter == pytest.approx(3 * of_v.with_adapter, rel=1e-4)
+    assert (made["ours"] - made["whole"]).norm() < (made["plain"] - made["whole"]).norm()
 
 
 def test_calibrated_methods_lower_the_error_of_outputs(speaking: Path, text: Path, tmp_path: Path) -> None:
@@ -183,12 +219,64 @@ def test_calibrated_methods_lower_the_error_of_outputs(speaking: Path, text: Pat
     assert last["cloq"][1] < last["qera"][1]
 
 
+def test_training_lowers_what_it_trains_on(
+    speaking: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From either start, by layer or by block; and a trained block is what the loaded model computes, too."""
+    monkeypatch.setattr(fitting, "STEP_TOKENS", 64)
+    last: dict[str, float] = {}
+    for name, more in {
+        "cloq": {"method": "cloq"},
+        "lw": {"method": "apiq-lw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
+        "bw": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
+        "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
+        "augmented": {"method": "apiq-bw", "augmented": True, "epochs": 2, "rank": 8, "alpha": 16},
+        "symmetric": {"method": "apiq-bw", "init": "qlora", "quantizer": "uniform-symmetric", "epochs": 2},
+        "lw-paper": {"method": "apiq-lw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
+    }.items():
+        report = pipeline.quantize(speaking, tmp_path / name, **options(text, **more))
+        assert verify(tmp_path / name, str(speaking)).violations == ()
+        last[name] = report["calibration"]["blocks"][-1]["held_out_output_error"]
+        of_block = {row["name"]: row["held_out_output_error"] for row in report["calibration"]["blocks"]}
+        for row in report["weights"]:
+            if name == "cloq":
+                assert "training" not in row
+                continue
+            training = row["training"]
+            assert training["after"] < training["before"]
+            assert training["skipped"] == 0
+            if name in ("bw", "paper", "symmetric"):
+                error = of_block[row["name"].rpartition(".layers.")[0] + ".layers." + row["name"].split(".")[2]]
+                assert training["after"] ** 0.5 == pytest.approx(error, rel=0.02)
+    print(last)
+    assert last["bw"] < last["cloq"]
+
+
+def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: Path) -> None:
+    """Judged by what source and loaded model say of the samples held out; its report is of the factors it leaves."""
+    config = options(text, method="cloq", finish_epochs=6, finish_lr=2e-3)
+    plan = pipeline.plan_quantize(str(speaking), pipeline.build_config(config))
+    tokens = prepare(plan, 1).held_out
+    source = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
+    divergences = []
+    for epochs in (0, 6):
+        out = tmp_path / str(epochs)
+        report = pipeline.quantize(speaking, out, **{**config, "finish_epochs": epochs})
+        assert verify(out, str(speaking)).violations == ()
+        loaded = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        model = PeftModel.from_pretrained(loaded, out, subfolder="loftq_init").eval()
+        with torch.no_grad():
+            theirs, ours = (model(tokens).logits.double().log_softmax(-1) for model in (source, model))
+        divergences.append(float((theirs.exp() * (theirs - ours)).sum(-1).mean()))
+    fit = report["calibration"]["finish"]
+    assert divergences == pytest.approx([fit["before"], fit["after"]], rel=0.01)
+    assert fit["after"] < 0.9 * fit["before"]
+
+
 def test_block_errors_are_those_of_the_loaded_model(speaking: Path, text: Path, tmp_path: Path) -> None:
     """What the loop says of the last block is what source and loaded model with its adapter really differ by."""
     report = pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
     plan = pipeline.plan_quantize(str(speaking), pipeline.build_config(options(text, method="cloq")))
-    from loftq_cli.blocks import prepare
-
     tokens = prepare(plan, 1).tokens
     left: list[Tensor] = []
     source = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
@@ -203,12 +291,24 @@ def test_block_errors_are_those_of_the_loaded_model(speaking: Path, text: Path, 
     assert report["calibration"]["blocks"][-1]["output_error"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("stop", [1, 9, 16, 20])
+TRAINED = {"method": "apiq-bw", "epochs": 2, "finish_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("more", "dies_in", "stop"),
+    [
+        *(({"method": "cloq"}, "_store", stop) for stop in (1, 9, 16, 20)),
+        (TRAINED, "_store", 9),
+        (TRAINED, "rewrite", 0),
+        (TRAINED, "rewrite", 11),
+    ],
+    ids=str,
+)
 def test_resumed_bytes_are_those_of_a_straight_run(
-    speaking: Path, text: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    speaking: Path, text: Path, tmp_path: Path, more: Any, dies_in: str, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.quantize(speaking, tmp_path / "straight", **options(text, method="cloq"))
-    original, calls = outputs.Outputs._store, [0]
+    pipeline.quantize(speaking, tmp_path / "straight", **options(text, **more))
+    original, calls = getattr(outputs.Outputs, dies_in), [0]
 
     def dying(self: Any, *arguments: Any) -> None:
         calls[0] += 1
@@ -218,14 +318,20 @@ def test_resumed_bytes_are_those_of_a_straight_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "COMMIT_SECONDS", 0)
-        patch.setattr(outputs.Outputs, "_store", dying)
+        patch.setattr(outputs.Outputs, dies_in, dying)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+            pipeline.quantize(speaking, tmp_path / "out", **options(text, **more))
     assert (tmp_path / "out" / ".loftq").exists()
-    report = pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, method="cloq"))
+    report = pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, **more))
     straight = json.loads((tmp_path / "straight" / "loftq_report.json").read_text())
     assert report["files"] == straight["files"]
     assert report["calibration"] == straight["calibration"]
+    without_times = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in made["weights"]]
+        for made in (report, straight)
+    ]
+    assert without_times[0] == without_times[1]
+    assert verify(tmp_path / "out", str(speaking)).violations == ()
 
 
 def test_too_little_text_is_said(speaking: Path, text: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ rebuilt here, and no family is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,25 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, hidden_of, reached, until_reached
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _ReachedError(Exception):
-    """What was wanted of a call is there: the rest of it is not needed."""
-
-
-def reached() -> None:
-    """End a call inside `until_reached`."""
-    raise _ReachedError
-
-
-def until_reached() -> suppress:
-    """A context that ends where `reached` is called."""
-    return suppress(_ReachedError)
 
 
 @dataclass(frozen=True)
@@ -50,59 +35,30 @@ class Activations:
     ends: dict[str, Tensor]
 
 
-class Stack:
-    """A list of transformer blocks: `path` is its module name, `blocks` the real ones, `stand_ins` are in the model."""
-
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.path = path
-        modules = model.get_submodule(path)
-        if not isinstance(modules, nn.ModuleList):
-            raise LoftqError(f"`{path}` is no list of blocks", "use a weight-only method, `--method loftq`")
-        self.blocks = list(modules)
-        self.stand_ins = [_StandIn(block) for block in self.blocks]
-        for i, stand_in in enumerate(self.stand_ins):
-            modules[i] = stand_in
-
-
-class _StandIn(nn.Module):
-    """In a block's place: gives back the hidden states that it is called with, or `replay`."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a child: the model must not see its parameters
-        self.catch: Callable[[Arguments], None] | None = None
-        self.replay: Tensor | None = None
-        self.extras: tuple[Any, ...] | None = None  # what the block returns beside hidden states; None: a bare tensor
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # models ask a layer for its kind of attention, say
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.catch is not None:
-            self.catch((args, kwargs))
-        hidden = _hidden((args, kwargs)) if self.replay is None else self.replay
-        return hidden if self.extras is None else (hidden, *self.extras)
-
-
 @dataclass(frozen=True)
 class Run:
-    """A micro-batch on its way through a block: which samples, and what the model passes beside hidden states."""
+    """A micro-batch on its way through a block: which samples, their hidden states, and what else the model passes."""
 
     rows: slice
-    stand_in: _StandIn
+    hidden: Tensor
+    stand_in: StandIn
     arguments: Arguments
+    device: torch.device
+    dtype: torch.dtype
 
-    def __call__(self, block: nn.Module) -> Tensor:
-        """Run `block` and return its hidden states."""
-        args, kwargs = self.arguments
+    def __call__(self, block: Callable[..., Any]) -> Tensor:
+        """Run `block` on its device and return its hidden states there."""
+        args, kwargs = _moved(self.arguments, self.device, self.dtype)
+        hidden = self.hidden.to(self.device, non_blocking=True)
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": hidden}
         out = block(*args, **kwargs)
         if isinstance(out, Tensor):
             return out
         # T5's first block, for one, hands its position bias to the others
-        self.stand_in.extras = _moved(tuple(out[1:]), torch.device("cpu"), None)
+        self.stand_in.extras = tuple(out[1:])
         hidden = out[0]
         assert isinstance(hidden, Tensor)
         return hidden
@@ -126,21 +82,22 @@ class BlockStream:
         self, model: Any, checkpoint: Checkpoint, names: dict[str, str], paths: Sequence[str], tokens: Tensor,
         parts: Sequence[slice], device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self._model, self._checkpoint, self._device, self._dtype = model, checkpoint, device, dtype
-        self._tokens, self._parts = tokens, parts
+        self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
+        self.tokens, self._parts = tokens, parts
         self._tensor_of = {key: tensor for tensor, key in names.items()}
         self._ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         model.config.use_cache = False
         stacks = [Stack(model, path) for path in paths]
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
             with suppress(KeyError):  # such as a head that is not in the file; nothing here gets so far
-                _set(model, name, self._read(name).to(dtype))
+                _set(model, name, self._read(name).to(device, dtype))
+        _move_buffers(model, device)
         self.stacks = self._in_order(stacks)
 
     def begin(self, stack: Stack, ends: dict[str, Tensor]) -> Activations:
         """The stream that enters the first block of `stack`, behind stacks with these `ends`."""
-        caught = [_hidden(self._caught(stack, 0, rows, ends)).to(self._dtype) for rows in self._parts]
-        return Activations(torch.cat(caught), ends)
+        caught = [hidden_of(self._caught(stack, 0, rows, ends)).to(self.dtype) for rows in self._parts]
+        return Activations(torch.cat([hidden.cpu() for hidden in caught]), ends)
 
     @contextmanager
     def loaded(self, stack: Stack, number: int) -> Iterator[nn.Module]:
@@ -150,37 +107,74 @@ class BlockStream:
             LoftqError: a parameter is in the files under no name of its own, or transformers changes it on loading.
         """
         block = stack.blocks[number]
-        names = [name for name, _ in block.named_parameters(remove_duplicate=False)]
-        for name in names:
-            key = f"{stack.path}.{number}.{name}"
+        names = self._fill(block, f"{stack.path}.{number}")
+        try:
+            yield block
+        finally:
+            _empty(block, names)
+
+    @contextmanager
+    def all_loaded(self, without: Container[str]) -> Iterator[list[tuple[str, nn.Module, StandIn]]]:
+        """Every block by its name, loaded but for the weights of modules named in `without`, and its stand-in."""
+        there = [
+            (f"{stack.path}.{number}", block, stack.stand_ins[number])
+            for stack in self.stacks
+            for number, block in enumerate(stack.blocks)
+        ]
+        filled = [(block, self._fill(block, name, without)) for name, block, _ in there]
+        try:
+            yield there
+        finally:
+            for block, names in filled:
+                _empty(block, names)
+
+    def said(self, rows: slice, ends: dict[str, Tensor] | None = None) -> Tensor:
+        """What the model says of samples: logits [samples, tokens, words], or what else comes out first.
+
+        With `ends` of all stacks from these, else by what the stand-ins compute.
+        """
+        for stack in self.stacks:
+            stack.stand_ins[-1].replay = None if ends is None else ends[stack.path][rows].to(self.device)
+            for stand_in in stack.stand_ins:
+                stand_in.idle = ends is not None
+        out = self._model(**self._inputs(self.tokens[rows]))
+        made = out.get("logits", out[0])
+        assert isinstance(made, Tensor)
+        return made
+
+    def _fill(self, block: nn.Module, prefix: str, without: Container[str] = ()) -> list[str]:
+        """Fill in a block's parameters, but for the weights of modules in `without`; return their names."""
+        names = []
+        for name, _ in list(block.named_parameters(remove_duplicate=False)):
+            key = f"{prefix}.{name}"
+            if key.endswith(".weight") and key.removesuffix(".weight") in without:
+                continue
             try:
-                _set(block, name, self._read(key).to(self._device, self._dtype))
+                _set(block, name, self._read(key).to(self.device, self.dtype))
             except KeyError:
                 raise LoftqError(
                     f"`{key}` is in no file as it stands: transformers makes it while loading",
                     "calibrated methods cannot run this model yet: use `--method loftq`",
                 ) from None
-        block.to(self._device)
-        try:
-            yield block
-        finally:
-            for name in names:
-                _set(block, name, torch.empty_like(block.get_parameter(name), device="meta"))
+            names.append(name)
+        _move_buffers(block, self.device)
+        return names
 
-    def runs(self, stack: Stack, number: int, stream: Activations) -> Iterator[Run]:
-        """Every micro-batch of `stream`, ready to run through block `number`."""
-        for rows in self._parts:
-            args, kwargs = _moved(self._caught(stack, number, rows, stream.ends), self._device, self._dtype)
-            hidden = stream.hidden[rows].to(self._device)
-            if args:
-                args = (hidden, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": hidden}
-            yield Run(rows, stack.stand_ins[number], (args, kwargs))
+    def runs(
+        self, stack: Stack, number: int, stream: Activations, parts: Sequence[slice] | None = None
+    ) -> Iterator[Run]:
+        """Every micro-batch of `stream`, or those of `parts`, ready to run through block `number`."""
+        for rows in self._parts if parts is None else parts:
+            args, kwargs = self._caught(stack, number, rows, stream.ends)
+            without = ((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None})
+            yield Run(rows, stream.hidden[rows], stack.stand_ins[number], without, self.device, self.dtype)
 
     def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Activations) -> Tensor:
         """What `block` makes of `stream`: [samples, seqlen, hidden_size], on the CPU."""
-        return torch.cat([run(block).cpu() for run in self.runs(stack, number, stream)])
+        made = torch.empty_like(stream.hidden)
+        for run in self.runs(stack, number, stream):
+            made[run.rows] = run(block).cpu()
+        return made
 
     def _caught(self, stack: Stack, number: int, rows: slice, ends: dict[str, Tensor]) -> Arguments:
         """What the model passes to block `number`; finished stacks give back their own ends."""
@@ -191,10 +185,10 @@ class BlockStream:
             reached()
 
         for other in self.stacks:
-            other.stand_ins[-1].replay = ends[other.path][rows] if other.path in ends else None
+            other.stand_ins[-1].replay = ends[other.path][rows].to(self.device) if other.path in ends else None
         stack.stand_ins[number].catch = catch
         with until_reached(), torch.no_grad():
-            self._model(**self._inputs(self._tokens[rows]))
+            self._model(**self._inputs(self.tokens[rows]))
         stack.stand_ins[number].catch = None
         if not caught:
             raise LoftqError(
@@ -204,7 +198,7 @@ class BlockStream:
         return caught[0]
 
     def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
-        both = getattr(self._model.config, "is_encoder_decoder", False)
+        tokens, both = tokens.to(self.device), getattr(self._model.config, "is_encoder_decoder", False)
         return {"input_ids": tokens, **({"decoder_input_ids": tokens} if both else {})}
 
     def _in_order(self, stacks: list[Stack]) -> list[Stack]:
@@ -213,7 +207,7 @@ class BlockStream:
         for stack in stacks:
             stack.stand_ins[0].catch = lambda _, stack=stack: called.append(stack)
         with suppress(Exception), torch.no_grad():  # what a block returns is not known yet, and there may be no head
-            self._model(**self._inputs(self._tokens[:1]))
+            self._model(**self._inputs(self.tokens[:1]))
         for stack in stacks:
             stack.stand_ins[0].catch = None
         return called + [stack for stack in stacks if stack not in called]
@@ -224,16 +218,19 @@ class BlockStream:
         return read_tensor(self._checkpoint.path(info.file), info)
 
 
-def _hidden(arguments: Arguments) -> Tensor:
-    args, kwargs = arguments
-    hidden = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, last = name.rpartition(".")
     module.get_submodule(path)._parameters[last] = nn.Parameter(value, requires_grad=False)
+
+
+def _empty(block: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        _set(block, name, torch.empty_like(block.get_parameter(name), device="meta"))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for child in module.modules():
+        child._buffers.update({name: b.to(device) for name, b in child._buffers.items() if b is not None})
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 WIDEST = 4096  # longer groups do not fit the registers of one program
 WIDEST_WITH_PRODUCT = 512  # a program of longer groups has so few rows that it reads lora_A too often
+WIDEST_WITH_FEEDBACK = 128  # so are columns that mend each other, one by one
 
 
 class Kernels(NamedTuple):
@@ -21,6 +22,7 @@ class Kernels(NamedTuple):
     codebook: Callable[..., Any]
     residual: Callable[..., Any]
     small: ModuleType | None = None
+    feedback: Callable[..., Any] | None = None
 
 
 @functools.cache
@@ -31,6 +33,7 @@ def fused() -> Kernels | None:
     try:
         from loftq_cli.kernels import small
         from loftq_cli.kernels.codebook import codebook
+        from loftq_cli.kernels.feedback import feedback
         from loftq_cli.kernels.residual import residual
         from loftq_cli.kernels.uniform import uniform
 
@@ -41,4 +44,4 @@ def fused() -> Kernels | None:
     except Exception as error:
         warnings.warn(f"the fused kernels do not run here, torch is used: {error}", stacklevel=2)
         return None
-    return Kernels(uniform, codebook, residual, small)
+    return Kernels(uniform, codebook, residual, small, feedback)

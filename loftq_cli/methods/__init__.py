@@ -5,7 +5,7 @@ To add one, write its file and its row in `METHODS`; or in `GRAM_METHODS`, if it
 
 from loftq_cli.methods.base import Decomposition, Method, Timed, seed_for, squared_norm, untimed
 from loftq_cli.methods.cloq import cloq
-from loftq_cli.methods.gram import GramMethod, output_error
+from loftq_cli.methods.inputs import GramMethod, Inputs
 from loftq_cli.methods.loftq import loftq
 from loftq_cli.methods.qera import qera
 from loftq_cli.methods.qlora import qlora
@@ -25,11 +25,11 @@ __all__ = [
     "METHODS",
     "Decomposition",
     "GramMethod",
+    "Inputs",
     "Method",
     "Timed",
     "cloq",
     "loftq",
-    "output_error",
     "qera",
     "qlora",
     "seed_for",

@@ -9,57 +9,19 @@ Shapes: B = weights in a batch, all of the same inputs, m = out_features, n = in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loftq_cli.lowrank import LowRankFactors, full_precision, top_r, top_r_exact
 from loftq_cli.lowrank.small import inverse_factor
-from loftq_cli.methods.base import Decomposition, Timed, squared_norm, untimed
-from loftq_cli.quantizers.base import Quantizer
+from loftq_cli.methods.base import squared_norm
 
 # A singular Gram has no Cholesky factor, and one summed in float32 may be a little indefinite: an input more noise, in
 # proportion to its own strength (which leaves weak inputs alone beside strong ones), as little as serves.
 NOISE = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 LARGEST_EXACT = 1024
 ROUNDS, GAIN = 4, 1e-5  # beyond it: at most so many, and each must lower the error by so much of itself
-
-
-class GramMethod(Protocol):
-    """A calibrated method is one function; one row in `GRAM_METHODS` adds it."""
-
-    def __call__(
-        self,
-        W: Tensor,
-        quantizer: Quantizer,
-        rank: int,
-        *,
-        gram: Tensor,
-        iters: int,
-        seeds: Sequence[int],
-        timed: Timed = untimed,
-    ) -> Decomposition:
-        """Decompose `W` [B, m, n] for the least output error, deterministically, on its device.
-
-        Args:
-            W: weights of the same inputs that `stackable` allows to quantize together, or a single one.
-            quantizer: how to quantize.
-            rank: of the factors.
-            gram: of the inputs, float32 or float64 [n, n], of any scale, maybe singular; where it is not finite the
-                result is QLoRA's start.
-            iters: alternations.
-            seeds: those of the weights (`seed_for`).
-            timed: wraps the stages "quantize" and "low_rank".
-        """
-        ...
-
-
-def output_error(difference: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(D H Dᵀ), float64 [B], for each D of `difference` [B, m, n] and H = `gram` [n, n]."""
-    H = gram.double()
-    errors = [torch.mm(D, H).mul_(D).sum() for D in (d.double() for d in difference)]  # one at a time: they are large
-    return torch.stack(errors).clamp_min_(0)  # where D is in the null space of H, rounding decides the sign
 
 
 def normalized(gram: Tensor) -> Tensor:

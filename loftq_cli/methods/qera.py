@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.methods.base import Decomposition, Timed, chosen, squared_norm, untimed, with_live_rows
-from loftq_cli.methods.gram import square_root, weigh, weighted_top_r
+from loftq_cli.methods.gram import weigh, weighted_top_r
+from loftq_cli.methods.inputs import Inputs
 from loftq_cli.methods.qlora import zero_start
 from loftq_cli.quantizers.base import Quantizer, quantize_residual
 
@@ -19,12 +20,12 @@ def qera(
     quantizer: Quantizer,
     rank: int,
     *,
-    gram: Tensor,
+    inputs: Inputs,
     iters: int,
     seeds: Sequence[int],
     timed: Timed = untimed,
 ) -> Decomposition:
-    """Quantize `W` [B, m, n], and repair its error once, in the metric of `gram` [n, n]; `iters` is not used.
+    """Quantize `W` [B, m, n], and repair its error once, as `inputs` weigh it; `iters` is not used.
 
     Where nothing is to repair, the result is QLoRA's start.
     """
@@ -32,7 +33,7 @@ def qera(
     with timed("quantize"):
         quantized, residual = quantize_residual(quantizer, W)
     with timed("low_rank"):
-        root = square_root(gram)
+        root = inputs.root
         factors, error = weighted_top_r(residual, root, rank, seeds)
         better = error < squared_norm(weigh(residual, root))
     plain = Decomposition(quantized, start, start, torch.zeros_like(better, dtype=torch.int64))

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels import WIDEST, WIDEST_WITH_PRODUCT, fused
+from loftq_cli.kernels import WIDEST, WIDEST_WITH_FEEDBACK, WIDEST_WITH_PRODUCT, fused
 from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
@@ -75,6 +75,18 @@ class Uniform:
         """`quantize_residual` in one kernel, on CUDA; None where there is none for it."""
         return self._fused(W, lora_A, lora_B, self.dtype)
 
+    def fused_feedback(
+        self, columns: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, feedback: Tensor, g: int | None
+    ) -> bool:
+        """`methods.feedback.round_block` in one kernel, on CUDA; False, with nothing done, where there is none."""
+        width = g or len(columns)
+        kernels = fused() if width <= WIDEST_WITH_FEEDBACK else None
+        if kernels is None or kernels.feedback is None:
+            return False
+        constants = self._constants(width, coarse_shares(self.bits, g) if g else [])
+        kernels.feedback(columns, codes, scale, zero_point, feedback, *constants, self.dtype)
+        return True
+
     def _fused(
         self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, values: torch.dtype | None
     ) -> tuple[QuantizedWeight, Tensor] | None:
@@ -83,21 +95,16 @@ class Uniform:
         kernels = fused() if g <= (WIDEST if lora_A is None else WIDEST_WITH_PRODUCT) else None
         if kernels is None:
             return None
-        shares = coarse_shares(self.bits, g)
-        codes, scale, zero_point, residual = kernels.uniform(
-            W,
-            lora_A,
-            lora_B,
-            self.bits,
-            self.symmetric,
-            g,
-            shares,
-            sum(share >= LOWEST_SHARE[self.bits] for share in shares),
-            TIE,
-            (1 - FINE_STEP, 1 + FINE_STEP),
-            values,
-        )
+        constants = self._constants(g, coarse_shares(self.bits, g))
+        codes, scale, zero_point, residual = kernels.uniform(W, lora_A, lora_B, *constants, values)
         return self._result(codes, scale, zero_point, g), residual
+
+    def _constants(
+        self, g: int, shares: list[float]
+    ) -> tuple[int, bool, int, list[float], int, float, tuple[float, float]]:
+        """The kernels' arguments from `bits` to `factors`."""
+        full_shares = sum(share >= LOWEST_SHARE[self.bits] for share in shares)
+        return self.bits, self.symmetric, g, shares, full_shares, TIE, (1 - FINE_STEP, 1 + FINE_STEP)
 
     def _allocate(self, m: int, n: int, device: torch.device) -> QuantizedWeight:
         g = n if self.group_size == -1 else self.group_size

@@ -1,0 +1,193 @@
+"""What layers see and say: the order in which they are called, moments of their inputs, errors of their outputs.
+
+Two copies of a block are compared: the source model's, on its own stream of activations, and the quantized model's, on
+what reaches it there. Shapes: m = out_features, n = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+
+from loftq_cli.calibration.stand_in import reached, until_reached
+from loftq_cli.calibration.stream import Run
+
+Pair = tuple[Run, Run]  # the same samples in both streams
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per token: gram E[x̂ x̂ᵀ] of the quantized stream, and drift E[(x − x̂) x̂ᵀ] from it to the source's.
+
+    Shapes: float32 [n, n].
+    """
+
+    gram: Tensor
+    drift: Tensor
+
+
+def by_input(block: nn.Module, layers: Sequence[str], run: Run) -> list[list[str]]:
+    """The linear layers in the order in which they are called, those that share an input together."""
+    groups: dict[tuple[int, int, torch.Size], list[str]] = {}
+    kept: list[Tensor] = []  # alive, or another input might come to lie where one was
+
+    def note(layer: str, x: Tensor) -> None:
+        kept.append(x)
+        group = groups.setdefault((x.data_ptr(), x._version, x.shape), [])
+        if not any(layer in others for others in groups.values()):
+            group.append(layer)
+
+    with _watching(block, layers, note):
+        run(block)
+    return [group for group in groups.values() if group]
+
+
+def moments(
+    source: nn.Module, block: nn.Module, layer: str, pairs: Iterable[Pair], seen: int
+) -> tuple[Moments, Moments]:
+    """The moments of what enters `layer`, of the first `seen` samples and of the others.
+
+    Where the two blocks send other tokens to a layer, as a router may, nothing is known of a drift.
+    """
+    weight = block.get_parameter(f"{layer}.weight")
+    sums = torch.zeros(2, 2, weight.shape[1], weight.shape[1], device=weight.device)
+    counts = [0, 0]
+    for source_run, run in pairs:
+        which = int(run.rows.start >= seen)
+        inputs = [_input_of(layer, source, source_run), _input_of(layer, block, run)]
+        x, ours = (None if value is None else value.flatten(0, -2) for value in inputs)
+        if ours is None:
+            continue
+        counts[which] += len(ours)
+        add_product(sums[which, 0], ours, ours)
+        if x is not None and x.shape == ours.shape:
+            add_product(sums[which, 1], x - ours, ours)
+    gram, held_out = (Moments(*(total / max(1, count))) for total, count in zip(sums, counts, strict=True))
+    return gram, held_out
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """`total` += xᵀ y, summed in float32: [n, n] from [tokens, n] each.
+
+    A GPU multiplies 16-bit numbers ten times as fast as float32, and just as exactly: their products fit.
+    """
+    if x.is_cuda and x.dtype != torch.float32:
+        total += torch.mm(x.T, y, out_dtype=torch.float32)
+    else:
+        total.addmm_(x.T.float(), y.float())
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """‖X Wᵀ − X̂ Ŵᵀ‖_F / ‖X Wᵀ‖_F of a layer, without and with its own adapter: x̂ is what the layers before send."""
+
+    without_adapter: float
+    with_adapter: float
+
+
+# of the samples for calibration, and of those held out; None where no token reached the layer
+LayerErrors = tuple[OutputErrors | None, OutputErrors | None]
+
+
+def row_fields(errors: LayerErrors) -> dict[str, float | None]:
+    """The fields of the report that they fill."""
+    seen, held_out = errors
+    return {
+        "output_error": seen.with_adapter if seen else None,
+        "output_error_without_adapter": seen.without_adapter if seen else None,
+        "held_out_output_error": held_out.with_adapter if held_out else None,
+        "held_out_output_error_without_adapter": held_out.without_adapter if held_out else None,
+    }
+
+
+def compare(
+    source: nn.Module,
+    block: nn.Module,
+    bases: Mapping[str, Tensor],
+    pairs: Iterable[Pair],
+    seen: int,
+    hand_on: Callable[[slice, Tensor, Tensor, Tensor], None],
+) -> dict[str, LayerErrors]:
+    """Run both blocks on all samples and compare what their layers say, of the first `seen` samples and of the others.
+
+    Args:
+        source: with the source's weights.
+        block: with those that the loaded model will have.
+        bases: dequantize(Q) [m, n] of each layer to compare.
+        pairs: micro-batches.
+        seen: samples that were calibrated on.
+        hand_on: gets samples and what is made of them: by `source`, by `block`, and by `block` with `bases`.
+
+    """
+    sums = {layer: torch.zeros(2, 3, dtype=torch.float64, device=base.device) for layer, base in bases.items()}
+    weights = {layer: _differences(source, block, layer, base) for layer, base in bases.items()}
+    plain = {f"{layer}.weight": base.to(weights[layer][0].dtype) for layer, base in bases.items()}
+
+    def without_adapter(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(block, plain, args, kwargs)
+
+    inputs: dict[str, Tensor] = {}
+    which = 0
+
+    def measure(layer: str, ours: Tensor) -> None:
+        x = inputs.pop(layer, ours)
+        W, without, repaired = weights[layer]
+        x = x if x.shape == ours.shape else ours
+        drift = linear(x - ours, W).float()  # errors on their own, which 16 bits hold to 0.4 % of themselves
+        parts = linear(x, W), drift + linear(ours, without).float(), drift + linear(ours, repaired).float()
+        sums[layer][which] += torch.stack([part.float().square().sum(dtype=torch.float64) for part in parts])
+
+    for source_run, run in pairs:
+        which = int(run.rows.start >= seen)
+        with _watching(source, list(bases), inputs.__setitem__):
+            whole = source_run(source)
+        with _watching(block, list(bases), measure):
+            ours = run(block)
+        hand_on(run.rows, whole, ours, run(without_adapter))
+    return {layer: (_errors(total[0]), _errors(total[1])) for layer, total in sums.items()}
+
+
+def _differences(source: nn.Module, block: nn.Module, layer: str, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, W − dequantize(Q) and W − Ŵ, in the dtype that the block computes in."""
+    W, repaired = (module.get_parameter(f"{layer}.weight") for module in (source, block))
+    return W, (W.float() - base).to(W.dtype), (W.float() - repaired.float()).to(W.dtype)
+
+
+def _errors(sums: Tensor) -> OutputErrors | None:
+    size, without, repaired = sums.tolist()
+    return OutputErrors((without / size) ** 0.5, (repaired / size) ** 0.5) if size else None
+
+
+@contextmanager
+def _watching(block: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `see` gets every input of the layers, [..., n]."""
+
+    def hook(layer: str) -> Callable[..., None]:
+        return lambda module, args: see(layer, args[0])
+
+    handles = [block.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_of(layer: str, block: nn.Module, run: Run) -> Tensor | None:
+    """What enters `layer`, [..., n]; None where nothing does."""
+    found: list[Tensor] = []
+
+    def see(_: str, x: Tensor) -> None:
+        found.append(x)
+        reached()
+
+    with _watching(block, [layer], see), until_reached():
+        run(block)
+    return found[0] if found else None

@@ -1,0 +1,77 @@
+"""What stands in a model in the place of its transformer blocks, and tells what the model passes to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from loftq_cli.errors import LoftqError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _ReachedError(Exception):
+    """What was wanted of a call is there: the rest of it is not needed."""
+
+
+def reached() -> None:
+    """End a call inside `until_reached`."""
+    raise _ReachedError
+
+
+def until_reached() -> suppress:
+    """A context that ends where `reached` is called."""
+    return suppress(_ReachedError)
+
+
+class Stack:
+    """A list of transformer blocks: `path` is its module name, `blocks` the real ones, `stand_ins` are in the model."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
+        modules = model.get_submodule(path)
+        if not isinstance(modules, nn.ModuleList):
+            raise LoftqError(f"`{path}` is no list of blocks", "use a weight-only method, `--method loftq`")
+        self.blocks = list(modules)
+        self.stand_ins = [StandIn(block) for block in self.blocks]
+        for i, stand_in in enumerate(self.stand_ins):
+            modules[i] = stand_in
+
+
+class StandIn(nn.Module):
+    """In a block's place: gives back the hidden states that it is called with, or `replay`, or what `compute` makes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a child: the model must not see its parameters
+        self.catch: Callable[[Arguments], None] | None = None
+        self.replay: Tensor | None = None
+        self.compute: Callable[..., Any] | None = None
+        self.idle = False  # do not compute
+        self.extras: tuple[Any, ...] | None = None  # what the block returns beside hidden states; None: a bare tensor
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models ask a layer for its kind of attention, say
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Be called in the block's place."""
+        if self.catch is not None:
+            self.catch((args, kwargs))
+        if self.compute is not None and not self.idle:
+            return self.compute(*args, **kwargs)
+        hidden = hidden_of((args, kwargs)) if self.replay is None else self.replay
+        return hidden if self.extras is None else (hidden, *self.extras)
+
+
+def hidden_of(arguments: Arguments) -> Tensor:
+    """The hidden states among what a block is called with."""
+    args, kwargs = arguments
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden

@@ -1,0 +1,150 @@
+"""The finish: all factors of the model trained together, so that it says what the source says.
+
+What every block has kept of its own outputs adds up to less than the whole model could keep: an error that one leaves
+another can take back, and some matter to nobody. Hence a last, short training of the factors alone on what the model
+says, as RILQ (arXiv 2412.01129) does on its last hidden states. Bases stay as they are on disk, from where they are
+unpacked block by block, in forward and again in backward: no second model is in memory, and no activations but those
+between blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from loftq_cli.calibration.stream import BlockStream
+from loftq_cli.checkpoint.files import write_file
+from loftq_cli.fitting import STEP_TOKENS, micro_batches
+from loftq_cli.formats import peft_adapter
+from loftq_cli.jobs import WeightJob
+from loftq_cli.journal import WORK_FOLDER
+from loftq_cli.methods.trained import Fit, Training, train
+from loftq_cli.plan import Plan
+from loftq_cli.resume import read_back
+
+FINISH_FILE = f"{WORK_FOLDER}/finish.safetensors"
+KEPT_BYTES = 2 << 30  # of dequantized bases on the device: those of small models, which would be unpacked in no time
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # as stored, by module name
+
+
+def finished(out: Path) -> tuple[Factors, Fit] | None:
+    """What an earlier session trained; None where none did."""
+    if not (out / FINISH_FILE).exists():
+        return None
+    with safetensors.safe_open(out / FINISH_FILE, "pt") as file:
+        metadata = file.metadata()
+        names = {module: peft_adapter.tensor_names(module) for module in json.loads(metadata["modules"])}
+        factors = {module: (file.get_tensor(a), file.get_tensor(b)) for module, (a, b) in names.items()}
+    return factors, Fit(**json.loads(metadata["fit"]))
+
+
+def finish(plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Tensor], seen: int) -> tuple[Factors, Fit]:
+    """Train the factors that are in `out`, and keep the result there for whoever goes on.
+
+    Args:
+        plan: what was decided.
+        stream: the model, and the tokens that it is to speak of.
+        out: where bases and factors are.
+        ends: of the source's stacks, from which follows what the source says.
+        seen: samples to train on; the others judge.
+    """
+    weights = {job.module: _LiveWeight(plan, out, job, stream) for job in plan.jobs if job.block}
+    config = plan.config
+    samples, seqlen = stream.tokens.shape
+    parts = micro_batches(seen, samples, max(1, STEP_TOKENS // seqlen))
+    batches, held_out = ([p for p in parts if (p.start < seen) == of_seen] for of_seen in (True, False))
+
+    def loss_of(rows: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = stream.said(rows, ends)
+        return divergence(stream.said(rows), wanted)
+
+    def judge() -> Tensor:
+        return torch.stack([loss_of(rows) for rows in held_out or batches]).mean()
+
+    with live_blocks(stream, weights), torch.enable_grad():
+        how = Training(config.finish_epochs, config.finish_lr, config.finish_lr, 0.0, config.seed)
+        factors = [factor for weight in weights.values() for factor in weight.parameters()]
+        fit = train(factors, [], batches, loss_of, judge, how)
+    made = {module: weight.stored() for module, weight in weights.items()}
+    tensors = {
+        name: tensor
+        for module, pair in made.items()
+        for name, tensor in zip(peft_adapter.tensor_names(module), pair, strict=True)
+    }
+    metadata = {"modules": json.dumps(list(made)), "fit": json.dumps(asdict(fit))}
+    write_file(out / FINISH_FILE, save(tensors, metadata))
+    return made, fit
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL(theirs ‖ ours) per token of logits [samples, tokens, words]; of anything else the relative squared error."""
+    if ours.ndim != 3 or not ours.is_floating_point():
+        return (ours - theirs).square().sum() / theirs.square().sum()
+    ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+
+
+class _LiveWeight(nn.Module):
+    """A stored weight that is unpacked when it is needed, with factors that train as they are stored."""
+
+    def __init__(self, plan: Plan, out: Path, job: WeightJob, stream: BlockStream) -> None:
+        super().__init__()
+        base, (lora_A, lora_B) = read_back(plan, out, job)
+        self._plan, self._job, self._dtype = plan, job, stream.dtype
+        self._base = {name: tensor.to(stream.device) for name, tensor in base.items()}
+        self._values = None
+        if plan.parameters * stream.dtype.itemsize <= KEPT_BYTES:
+            self._values, self._base = self._read().to(stream.dtype), {}
+        self.lora_A = nn.Parameter(lora_A.to(stream.device, torch.float32))
+        self.lora_B = nn.Parameter(lora_B.to(stream.device, torch.float32))
+
+    def forward(self) -> Tensor:
+        """Return Ŵ [m, n]."""
+        values = self._read() if self._values is None else self._values.float()
+        return torch.addmm(values, self.lora_B, self.lora_A, alpha=self._plan.scaling).to(self._dtype)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The factors as they will be stored, on the CPU."""
+        dtype = getattr(torch, self._plan.config.adapter_dtype)
+        return self.lora_A.detach().to("cpu", dtype), self.lora_B.detach().to("cpu", dtype)
+
+    def _read(self) -> Tensor:
+        with torch.no_grad():
+            return self._plan.format.read(self._job.stored_prefix, self._base, self._plan.empty(self._job))
+
+
+@contextmanager
+def live_blocks(stream: BlockStream, weights: dict[str, _LiveWeight]) -> Iterator[None]:
+    """Inside, the model of `stream` computes with its own blocks, and `weights` in them, by their module names."""
+    with stream.all_loaded(weights.keys()) as modules:
+        for name, module, stand_in in modules:
+            inside = {
+                f"{path.removeprefix(f'{name}.')}.weight": weight
+                for path, weight in weights.items()
+                if path.startswith(f"{name}.")
+            }
+
+            def run(*args: Any, module: nn.Module = module, inside: Any = inside, **kwargs: Any) -> Any:
+                values = {parameter: weight() for parameter, weight in inside.items()}
+                return functional_call(module, values, args, kwargs)
+
+            def compute(*args: Any, run: Any = run, **kwargs: Any) -> Any:
+                return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+            stand_in.compute = compute
+        yield
+        for _, _, stand_in in modules:
+            stand_in.compute = None

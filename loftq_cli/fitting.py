@@ -1,0 +1,165 @@
+"""What a calibrated method makes of one transformer block: closed forms layer by layer, then training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from loftq_cli.calibration.observe import Pair, by_input, moments
+from loftq_cli.calibration.stand_in import Stack
+from loftq_cli.calibration.stream import Activations, BlockStream, Run
+from loftq_cli.checkpoint.reader import read_tensor
+from loftq_cli.jobs import WeightBatch, WeightJob
+from loftq_cli.methods import Decomposition, Inputs
+from loftq_cli.methods.apiq import fit_block, fit_layer
+from loftq_cli.methods.trained import Fit, TrainedWeight, Training
+from loftq_cli.plan import Plan
+from loftq_cli.quantizers.base import dequantize
+from loftq_cli.stopwatch import Stopwatch
+from loftq_cli.worker import decompose
+
+STEP_TOKENS = 2048  # of a step of training: one window, as published
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block on the device, twice, between the activations that enter the two: `seen` samples are calibrated on.
+
+    `source` has the source's weights; those of `quantized` are replaced one after the other.
+    """
+
+    stream: BlockStream
+    stack: Stack
+    number: int
+    source: nn.Module
+    quantized: nn.Module
+    enters_source: Activations
+    enters_quantized: Activations
+    seen: int
+
+    @property
+    def name(self) -> str:
+        """Its module name."""
+        return f"{self.stack.path}.{self.number}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self.quantized.parameters())).device
+
+    def pairs(self) -> Iterable[Pair]:
+        """The micro-batches of both streams."""
+        both = (self.enters_source, self.enters_quantized)
+        return zip(*(self.stream.runs(self.stack, self.number, entering) for entering in both), strict=True)
+
+    def put(self, layer: str, weight: Tensor) -> None:
+        """Give a layer of the quantized block its weight."""
+        self.quantized.get_parameter(f"{layer}.weight").copy_(weight)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One weight [1, m, n], what became of it, and how it was trained, if it was."""
+
+    W: Tensor
+    made: Decomposition
+    watch: Stopwatch
+    training: Fit | None = None
+
+
+def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fitted]:
+    """Decompose the weights of `jobs`, by their names in the block, each for what really reaches it.
+
+    Layers that nothing reaches, such as experts that no token chose, get a weight-only method.
+    """
+    config = plan.config
+    run = next(iter(block.stream.runs(block.stack, block.number, block.enters_quantized)))
+    groups = by_input(block.quantized, list(jobs), run)
+    fitted: dict[str, Fitted] = {}
+    for layers in groups:
+        both: tuple[Inputs, ...] = ()
+        if plan.needs_moments:
+            found = moments(block.source, block.quantized, layers[0], block.pairs(), block.seen)
+            both = tuple(Inputs(of.gram, of.drift) for of in found)
+        for layer in layers:
+            W = read_weight(plan, jobs[layer], block.device)[None]
+            watch = Stopwatch(W.device)
+            made = decompose(plan, WeightBatch((jobs[layer],)), W, both[0] if both else None, watch)
+            training = None
+            if config.method == "apiq-lw":
+                weight = _trained(plan, W, made)
+                held_out = both[1] if block.seen < len(block.enters_source.hidden) else both[0]
+                with torch.enable_grad(), watch("train"):
+                    training = fit_layer(W[0].float(), weight, both[0], held_out, len(_steps(block)[0]), _how(plan))
+                made = weight.decomposition()
+            fitted[layer] = Fitted(W, made, watch, training)
+            block.put(layer, dequantize(made.quantized) + made.factors.product()[0])
+    if config.method == "apiq-bw":
+        _train_block(plan, block, fitted)
+    for layer in jobs.keys() - fitted.keys():
+        W = read_weight(plan, jobs[layer], block.device)[None]
+        watch = Stopwatch(W.device)
+        fitted[layer] = Fitted(W, decompose(plan, WeightBatch((jobs[layer],)), W, None, watch), watch)
+    return fitted
+
+
+def _train_block(plan: Plan, block: Block, fitted: dict[str, Fitted]) -> None:
+    """Train the weights of a block together, and put what they become into `fitted`."""
+    stream, stack, number = block.stream, block.stack, block.number
+    weights = {layer: _trained(plan, of.W, of.made) for layer, of in fitted.items()}
+    wanted = [stream.outputs(stack, number, block.source, block.enters_source)]
+    if plan.config.augmented:
+        wanted.append(stream.outputs(stack, number, block.source, block.enters_quantized))
+    dtype = next(iter(block.quantized.parameters())).dtype
+
+    def outputs(run: Run) -> tuple[Tensor, list[Tensor]]:
+        values = {f"{layer}.weight": weight().to(dtype) for layer, weight in weights.items()}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block.quantized, values, args, kwargs)
+
+        ours = run(call)
+        return ours, [made[run.rows].to(ours.device, non_blocking=True) for made in wanted]
+
+    parts = _steps(block)
+    runs = [list(stream.runs(stack, number, block.enters_quantized, rows)) for rows in parts]
+    with torch.enable_grad():
+        training = fit_block(list(weights.values()), runs[0], outputs, runs[1] or runs[0], _how(plan))
+    for layer, weight in weights.items():
+        fitted[layer] = Fitted(fitted[layer].W, weight.decomposition(), fitted[layer].watch, training)
+
+
+def _steps(block: Block) -> tuple[list[slice], list[slice]]:
+    """The samples of each step of training, and those held out, in as small parts."""
+    total, seqlen, _ = block.enters_source.hidden.shape
+    parts = micro_batches(block.seen, total, max(1, STEP_TOKENS // seqlen))
+    return [part for part in parts if part.start < block.seen], [part for part in parts if part.start >= block.seen]
+
+
+def micro_batches(seen: int, total: int, size: int) -> list[slice]:
+    """Parts of at most `size` samples; none holds both samples for calibration and samples held out."""
+    starts = [*range(0, seen, size), *range(seen, total, size)]
+    return [slice(start, min(start + size, seen if start < seen else total)) for start in starts]
+
+
+def _trained(plan: Plan, W: Tensor, made: Decomposition) -> TrainedWeight:
+    return TrainedWeight(W[0], made, plan.scaling, clip=plan.config.init == "qlora")
+
+
+def _how(plan: Plan) -> Training:
+    config = plan.config
+    assert config.epochs is not None, "a plan has decided it"
+    # decay is ApiQ's; where training starts from a good place, what pulls to zero pulls away from it
+    decay = 0.1 if config.init == "qlora" else 0.0
+    return Training(config.epochs, config.factor_lr, config.clip_lr, decay, config.seed)
+
+
+def read_weight(plan: Plan, job: WeightJob, device: torch.device) -> Tensor:
+    """The source's weight [m, n] on the device, in the dtype that is stored."""
+    info = plan.checkpoint.tensors[job.tensor]
+    return read_tensor(plan.checkpoint.path(info.file), info).to(device)

@@ -1,0 +1,85 @@
+"""ApiQ (arXiv 2402.05147): train factors and grids so that outputs stay what they were, by layer or by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from loftq_cli.methods.inputs import Inputs
+from loftq_cli.methods.trained import Batch, Fit, TrainedWeight, Training, train
+
+
+def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs, steps: int, how: Training) -> Fit:
+    """Layer-wise (section 4.2): least ‖X Wᵀ − X̂ Ŵᵀ‖.
+
+    That loss is a quadratic of Ŵ which the inputs enter by their second moments alone. So every step sees all samples
+    at once, without their noise, and no activation is kept or run again: `steps` of an epoch are as many as batches
+    would be.
+
+    Args:
+        W: float32 [m, n].
+        weight: what trains.
+        inputs: of the calibration samples.
+        held_out: of the samples held out.
+        steps: of an epoch.
+        how: see `Training`.
+    """
+    losses = [_quadratic(W, moments) for moments in (inputs, held_out)]
+    return _train([weight], range(steps), lambda _: losses[0](weight()), lambda: losses[1](weight()), how)
+
+
+def _quadratic(W: Tensor, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    """The function Ŵ → E‖W x − Ŵ x̂‖² but for a constant, over E‖W x̂‖²."""
+    H, K = inputs.gram, inputs.drift
+    pull = W @ K if K is not None else None  # E[(W x − W x̂) x̂ᵀ]
+    size = ((W @ H) * W).sum()
+
+    def loss(weight: Tensor) -> Tensor:
+        D = W - weight
+        least = ((D @ H) * D).sum()
+        return (least if pull is None else least + 2 * (pull * D).sum()) / size
+
+    return loss
+
+
+def fit_block(
+    weights: Sequence[TrainedWeight],
+    batches: Sequence[Batch],
+    outputs: Callable[[Batch], tuple[Tensor, Sequence[Tensor]]],
+    held_out: Sequence[Batch],
+    how: Training,
+) -> Fit:
+    """Block-wise (section 4.3): least ‖F(X) − F̂(X̂)‖, all weights of the block trained together.
+
+    Args:
+        weights: what trains.
+        batches: micro-batches of calibration samples.
+        outputs: of a micro-batch: F̂(X̂) [samples, tokens, hidden_size], and what it should be: F(X), and F(X̂) as well
+            for the augmented loss of ApiQ's own code.
+        held_out: micro-batches that decide.
+        how: see `Training`.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        ours, wanted = outputs(batch)
+        return torch.stack([relative_error(ours, theirs) for theirs in wanted]).sum()
+
+    return _train(weights, batches, loss, lambda: torch.stack([loss(batch) for batch in held_out]).mean(), how)
+
+
+def _train(
+    weights: Sequence[TrainedWeight],
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    held_out: Callable[[], Tensor],
+    how: Training,
+) -> Fit:
+    factors = [factor for weight in weights for factor in (weight.lora_A, weight.lora_B)]
+    return train(factors, [weight.grid for weight in weights], batches, loss_of, held_out, how)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """‖ours − theirs‖² / ‖theirs‖², in float32; of the same size in every block, as AdamW's epsilon wants it."""
+    return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum()

@@ -1,0 +1,201 @@
+"""A quantized weight with its factors while they are trained, and the training itself.
+
+Shapes: m = out_features, n = in_features, g = group_size, G = groups of a row, r = rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from loftq_cli.lowrank import LowRankFactors
+from loftq_cli.methods.base import Decomposition
+
+CLIP_START = 4.0  # of ApiQ's clip factors before the sigmoid: 0.982 of a group's range
+SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
+
+Batch = TypeVar("Batch")
+
+
+class TrainedWeight(nn.Module):
+    """Ŵ = dequantize(Q) + scaling · lora_B @ lora_A, differentiable in the factors and in what makes Q.
+
+    Either the codes stay and the scales train (each times the exponential of a number that starts at 0); or, with
+    `clip`, ApiQ's learnable clipping (arXiv 2402.05147; it is OmniQuant's, arXiv 2308.13137): a group's range, shrunk
+    by sigmoids of two trained numbers, decides scale, zero point and codes anew in each step, with gradients passed
+    straight through the rounding. A symmetric grid has no two ends: there its scale trains, and decides the codes.
+
+    Scales are rounded to float16 and values to the dtype of the loaded model in every step: what trains is what will
+    be stored.
+
+    Args:
+        W: the weight that is quantized, float [m, n].
+        start: its decomposition, of this one weight.
+        scaling: LoRA's; factors train as they are stored, as in ApiQ, and in fine-tuning later on.
+        clip: see above.
+    """
+
+    def __init__(self, W: Tensor, start: Decomposition, scaling: float, *, clip: bool) -> None:
+        super().__init__()
+        q = start.quantized
+        assert q.zero_point is not None
+        self._start, self._scaling, self._clip = start, scaling, clip
+        self._spare = -q.shape[1] % q.group_size  # the last group of a row may be short: it is filled up with zeros
+        self._top = 2**q.bits - 1
+        self._zero_point = q.zero_point.float()
+        self.lora_A = nn.Parameter(start.factors.lora_A[0].clone())
+        self.lora_B = nn.Parameter(start.factors.lora_B[0] / scaling)
+        if not clip:
+            # bfloat16 holds integers up to 256
+            self._centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
+        else:
+            self._values = self._grouped(W.float())
+            self._low, self._high = self._values.amin(2), self._values.amax(2)
+        ends = 2 if clip and not q.symmetric else 1
+        begin = CLIP_START if ends == 2 else 0.0
+        self.grid = nn.Parameter(torch.full((ends, *q.scale.shape), begin, device=W.device))
+
+    def forward(self) -> Tensor:
+        """Return Ŵ, float32 [m, n]."""
+        return torch.addmm(self.base(), self.lora_B, self.lora_A, alpha=self._scaling)
+
+    def base(self) -> Tensor:
+        """Return dequantize(Q), float32 [m, n]."""
+        if not self._clip:
+            values = self._centred * self._scale()[..., None]
+        else:
+            codes, scale, zero_point = self._coded()
+            values = (codes - zero_point[..., None]) * scale[..., None]
+        q = self._start.quantized
+        return values.to(q.dtype).float().flatten(1)[:, : q.shape[1]]
+
+    def decomposition(self) -> Decomposition:
+        """What it has become."""
+        with torch.no_grad():
+            q = self._start.quantized
+            if self._clip:
+                codes, scale, zero_point = self._coded()
+                q = replace(
+                    q,
+                    codes=codes.flatten(1)[:, : q.shape[1]].to(torch.uint8).contiguous(),
+                    zero_point=zero_point.to(torch.uint8),
+                    scale=scale.half(),
+                )
+            else:
+                q = replace(q, scale=self._scale().half())
+            lora_A, lora_B = self.lora_A.detach()[None], self.lora_B.detach()[None] * self._scaling
+            energy = torch.bmm(lora_B.mT, lora_B).double().mul_(torch.bmm(lora_A, lora_A.mT)).sum((1, 2))
+            factors = LowRankFactors(lora_A, lora_B, energy)
+            return replace(self._start, quantized=q, factors=factors, iterations=self._start.iterations.clamp_min(1))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return pad(x, (0, self._spare)).unflatten(1, (-1, self._start.quantized.group_size))
+
+    def _scale(self) -> Tensor:
+        return _through(self._start.quantized.scale.float() * self.grid[0].exp(), _half)
+
+    def _coded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [m, G, g], scale and zero point [m, G]: all float32, integers where they must be."""
+        if len(self.grid) == 1:
+            scale, zero_point = self._scale(), self._zero_point
+        else:
+            low, high = self.grid[0].sigmoid() * self._low, self.grid[1].sigmoid() * self._high
+            scale = _through(((high - low) / self._top).clamp_min(SMALLEST_SCALE), _half)
+            zero_point = _through(-low / scale, torch.round).clamp(0, self._top)
+        codes = _through(self._values / scale[..., None], torch.round) + zero_point[..., None]
+        return codes.clamp(0, self._top), scale, zero_point
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def _through(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rounded(x)`, with the gradient of x: a straight-through estimator."""
+    return x + (rounded(x.detach()) - x.detach())
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: passes over the batches, and AdamW's rates for factors and for clip factors or scales."""
+
+    epochs: int
+    factor_lr: float
+    clip_lr: float
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How it went: the loss on held-out samples before and after, steps, and those skipped for a loss not finite."""
+
+    before: float
+    after: float
+    steps: int
+    skipped: int
+
+
+def train(
+    factors: Sequence[Tensor],
+    grids: Sequence[Tensor],
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    held_out: Callable[[], Tensor],
+    how: Training,
+) -> Fit:
+    """Train parameters on `batches` in an order drawn anew for each epoch; keep what is best on held-out samples.
+
+    That may be the state at the start. Rates fall to zero along a cosine.
+
+    Args:
+        factors: what trains at one rate.
+        grids: what trains at the other.
+        batches: what `loss_of` takes.
+        loss_of: the loss of a batch, differentiable; where it is not finite the step is skipped.
+        held_out: the loss that decides, with no gradient.
+        how: see `Training`.
+    """
+    device = factors[0].device
+    optimizer = torch.optim.AdamW(
+        [{"params": factors, "lr": how.factor_lr}, {"params": grids, "lr": how.clip_lr}],
+        weight_decay=how.weight_decay,
+        fused=True,
+    )
+    steps = how.epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    # it skips the step of gradients that are not finite without waiting for the device to say so
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    generator = torch.Generator().manual_seed(how.seed)
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def judge() -> Tensor:
+        with torch.no_grad():
+            return held_out().nan_to_num(math.inf, math.inf, math.inf)
+
+    first = least = judge()
+    best = [parameter.detach().clone() for parameter in (*factors, *grids)]
+    for _ in range(how.epochs):
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            loss = loss_of(batches[i])
+            scaler.scale(loss).backward()
+            skipped += ~loss.isfinite()
+            scaler.step(optimizer)
+            scaler.update(1.0)
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        now = judge()
+        better = now < least
+        least = torch.where(better, now, least)
+        for kept, parameter in zip(best, (*factors, *grids), strict=True):
+            torch.where(better, parameter.detach(), kept, out=kept)
+    with torch.no_grad():
+        for kept, parameter in zip(best, (*factors, *grids), strict=True):
+            parameter.copy_(kept)
+    return Fit(first.item(), least.item(), steps, int(skipped))
