@@ -195,7 +195,8 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
         of_down, of_v = errors["mlp.down_proj"][which], errors["self_attn.v_proj"][which]
         assert of_down is not None
         assert of_v is not None
-        assert of_down.with_adapter == of_down.without_adapter == pytest.approx(drift, rel=1e-4)
+        assert of_down.with_adapter == pytest.approx(drift, rel=1e-4)
+        assert of_down.without_adapter > 2 * drift  # it sees what v_proj does without its adapter
         x = entered["self_attn.v_proj"][0][rows].flatten(0, 1)
         v = models[0].model.layers[0].self_attn.v_proj.weight.detach().double()
         assert of_v.with_adapter == pytest.approx(float((x @ (0.1 * noise.double()).T).norm() / (x @ v.T).norm()), 1e-4)
@@ -248,7 +249,6 @@ def test_training_lowers_what_it_trains_on(
             if name in ("bw", "paper", "symmetric"):
                 error = of_block[row["name"].rpartition(".layers.")[0] + ".layers." + row["name"].split(".")[2]]
                 assert training["after"] ** 0.5 == pytest.approx(error, rel=0.02)
-    print(last)
     assert last["bw"] < last["cloq"]
 
 

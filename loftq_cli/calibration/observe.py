@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import linear
 
 from loftq_cli.calibration.stand_in import reached, until_reached
 from loftq_cli.calibration.stream import Run
@@ -86,7 +85,10 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """‖X Wᵀ − X̂ Ŵᵀ‖_F / ‖X Wᵀ‖_F of a layer, without and with its own adapter: x̂ is what the layers before send."""
+    """‖Y − Ŷ‖_F / ‖Y‖_F of what a layer says, Y in the source's block and Ŷ in the quantized one, on what reaches each.
+
+    Without adapter: without all those of its block.
+    """
 
     without_adapter: float
     with_adapter: float
@@ -115,7 +117,7 @@ def compare(
     seen: int,
     hand_on: Callable[[slice, Tensor, Tensor, Tensor], None],
 ) -> dict[str, LayerErrors]:
-    """Run both blocks on all samples and compare what their layers say, of the first `seen` samples and of the others.
+    """Run both blocks on all samples, and compare what their layers say, of the first `seen` samples and of the others.
 
     Args:
         source: with the source's weights.
@@ -124,40 +126,40 @@ def compare(
         pairs: micro-batches.
         seen: samples that were calibrated on.
         hand_on: gets samples and what is made of them: by `source`, by `block`, and by `block` with `bases`.
-
     """
+    plain = {f"{layer}.weight": base.to(block.get_parameter(f"{layer}.weight").dtype) for layer, base in bases.items()}
     sums = {layer: torch.zeros(2, 3, dtype=torch.float64, device=base.device) for layer, base in bases.items()}
-    weights = {layer: _differences(source, block, layer, base) for layer, base in bases.items()}
-    plain = {f"{layer}.weight": base.to(weights[layer][0].dtype) for layer, base in bases.items()}
+    wanted: dict[str, Tensor] = {}
+    which, column = 0, 0
+
+    def add(layer: str, said: Tensor) -> None:
+        sums[layer][which, column] += said.float().square().sum(dtype=torch.float64)
+
+    def keep(layer: str, said: Tensor) -> None:
+        wanted[layer] = said
+        bias = getattr(source.get_submodule(layer), "bias", None)
+        add(layer, said if bias is None else said - bias)
+
+    def subtract(layer: str, said: Tensor) -> None:
+        if layer in wanted and wanted[layer].shape == said.shape:  # else a router has sent it other tokens
+            add(layer, wanted[layer] - said)
 
     def without_adapter(*args: Any, **kwargs: Any) -> Any:
         return functional_call(block, plain, args, kwargs)
 
-    inputs: dict[str, Tensor] = {}
-    which = 0
-
-    def measure(layer: str, ours: Tensor) -> None:
-        x = inputs.pop(layer, ours)
-        W, without, repaired = weights[layer]
-        x = x if x.shape == ours.shape else ours
-        drift = linear(x - ours, W).float()  # errors on their own, which 16 bits hold to 0.4 % of themselves
-        parts = linear(x, W), drift + linear(ours, without).float(), drift + linear(ours, repaired).float()
-        sums[layer][which] += torch.stack([part.float().square().sum(dtype=torch.float64) for part in parts])
-
+    layers = list(bases)
     for source_run, run in pairs:
-        which = int(run.rows.start >= seen)
-        with _watching(source, list(bases), inputs.__setitem__):
+        which, column = int(run.rows.start >= seen), 0
+        wanted.clear()
+        with _watching(source, layers, keep, outputs=True):
             whole = source_run(source)
-        with _watching(block, list(bases), measure):
+        with _watching(block, layers, subtract, outputs=True):
+            column = 1
+            alone = run(without_adapter)
+            column = 2
             ours = run(block)
-        hand_on(run.rows, whole, ours, run(without_adapter))
+        hand_on(run.rows, whole, ours, alone)
     return {layer: (_errors(total[0]), _errors(total[1])) for layer, total in sums.items()}
-
-
-def _differences(source: nn.Module, block: nn.Module, layer: str, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W, W − dequantize(Q) and W − Ŵ, in the dtype that the block computes in."""
-    W, repaired = (module.get_parameter(f"{layer}.weight") for module in (source, block))
-    return W, (W.float() - base).to(W.dtype), (W.float() - repaired.float()).to(W.dtype)
 
 
 def _errors(sums: Tensor) -> OutputErrors | None:
@@ -166,13 +168,21 @@ def _errors(sums: Tensor) -> OutputErrors | None:
 
 
 @contextmanager
-def _watching(block: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `see` gets every input of the layers, [..., n]."""
+def _watching(
+    block: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None], *, outputs: bool = False
+) -> Iterator[None]:
+    """Inside, `see` gets every input of the layers, [..., n], or every output, [..., m]."""
 
     def hook(layer: str) -> Callable[..., None]:
+        if outputs:
+            return lambda module, args, out: see(layer, out)
         return lambda module, args: see(layer, args[0])
 
-    handles = [block.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
+    modules = [(block.get_submodule(layer), hook(layer)) for layer in layers]
+    handles = [
+        module.register_forward_hook(call) if outputs else module.register_forward_pre_hook(call)
+        for module, call in modules
+    ]
     try:
         yield
     finally:
