@@ -244,7 +244,7 @@ def readme() -> None:
             print(f"README.md has no {start}", file=sys.stderr)
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        columns = COLUMNS[file.stem.removesuffix("-cuda")]
+        columns = COLUMNS[file.stem.partition("-cuda")[0]]
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         lines += [table_row(row, columns) for row in content["rows"]]
         here = content["machine"]
