@@ -11,19 +11,22 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loftq_cli.calibration.activations import available_bytes
 from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
-from loftq_cli.calibration.stream import Activations, BlockStream
+from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
 from loftq_cli.finishing import Factors, finish, finished
 from loftq_cli.fitting import Block, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
+from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.methods import squared_norm
 from loftq_cli.methods.trained import Fit
@@ -33,6 +36,7 @@ from loftq_cli.resume import Stored, read_back
 from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
 
+LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
 LONGEST_WINDOW = 2048  # tokens, unless more are asked for
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at once
 
@@ -49,9 +53,6 @@ class BlockRow:
     output_error_without_adapter: float
     held_out_output_error: float
     held_out_output_error_without_adapter: float
-
-
-Visit = tuple[BlockRow, Tensor, Tensor]  # and what leaves the block, in the source's stream and in the other
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def run_blocks(
     parts = micro_batches(seen, len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
-    stream = BlockStream(model, plan.checkpoint, names, plan.block_paths, tokens, parts, device, dtype)
+    folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
+    stream = BlockStream(model, plan.checkpoint, names, plan.block_paths, tokens, parts, device, dtype, folder)
     missing = {batch.first.tensor for batch in batches}
 
-    def through(visit: Callable[[Block], Visit]) -> tuple[list[BlockRow], dict[str, Tensor]]:
+    def through(visit: Callable[[Block], BlockRow]) -> tuple[list[BlockRow], dict[str, Tensor]]:
         """Visit every block between its two streams; return their rows and the ends of the source's stacks."""
         rows = []
         source_ends: dict[str, Tensor] = {}
@@ -102,12 +104,9 @@ def run_blocks(
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):
                 with stream.loaded(stack, number) as module, torch.no_grad():
-                    row, whole, ours = visit(
-                        Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, seen)
-                    )
-                rows.append(row)
-                tell(row.name)
-                source, quantized = Activations(whole, source_ends), Activations(ours, quantized_ends)
+                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, seen)
+                    rows.append(visit(block))
+                tell(block.name)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 
@@ -126,7 +125,17 @@ def run_blocks(
     return Measured(rows, fit)
 
 
-def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> Visit:
+def _folder_for_activations(plan: Plan, bytes_per_feature: int, out: Path) -> Path | None:
+    """Where activations go if they would take more memory than they may; None where they need not."""
+    text = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
+    width = next((text[name] for name in ("hidden_size", "d_model", "n_embd") if name in text), LIKELY_WIDTH)
+    streams = 2 + (plan.config.method == "apiq-bw") * (1 + plan.config.augmented)
+    budget = plan.config.activation_budget
+    may = available_bytes() // 2 if budget is None else int(budget * 2**30)
+    return out / WORK_FOLDER if streams * bytes_per_feature * width > may else None
+
+
+def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> BlockRow:
     """Fit a block and hand over its weights; those that are on disk are read back."""
     jobs = _jobs(plan, block)
     results: dict[str, BatchResult] = {}
@@ -139,25 +148,25 @@ def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> 
         layer: _stored(results[layer]) if layer in results else read_back(plan, outputs.out, job)
         for layer, job in jobs.items()
     }
-    visit, errors = _measure(plan, block, jobs, stored)
+    row, errors = _measure(plan, block, jobs, stored)
     for layer, result in results.items():
         if jobs[layer].tensor in missing:
             outputs.put(replace(result, output_errors=errors[layer]), 0.0)
-    return visit
+    return row
 
 
-def _rewrite(plan: Plan, block: Block, factors: Factors, outputs: Outputs) -> Visit:
+def _rewrite(plan: Plan, block: Block, factors: Factors, outputs: Outputs) -> BlockRow:
     """Replace the factors of a block on disk by those of the finish, and measure it anew."""
     jobs = _jobs(plan, block)
     stored = {layer: (read_back(plan, outputs.out, job)[0], factors[job.module]) for layer, job in jobs.items()}
-    visit, errors = _measure(plan, block, jobs, stored)
+    row, errors = _measure(plan, block, jobs, stored)
     for layer, job in jobs.items():
         W = read_weight(plan, job, block.device)
         _, weight = _loaded(plan, job, stored[layer], block.device)
         size, error = squared_norm(torch.stack([W, W - weight])).tolist()
         measured = {"relative_error": relative(error, size), **row_fields(errors[layer])}
         outputs.rewrite(job, stored[layer][1], measured)
-    return visit
+    return row
 
 
 def _jobs(plan: Plan, block: Block) -> dict[str, WeightJob]:
@@ -167,27 +176,34 @@ def _jobs(plan: Plan, block: Block) -> dict[str, WeightJob]:
 
 def _measure(
     plan: Plan, block: Block, jobs: Mapping[str, WeightJob], stored: Mapping[str, Stored]
-) -> tuple[Visit, dict[str, LayerErrors]]:
-    """Give the quantized block the weights that the loaded model will have, and run both blocks on all samples."""
+) -> tuple[BlockRow, dict[str, LayerErrors]]:
+    """Give the quantized block the weights that the loaded model will have, and run all samples through both blocks.
+
+    The activations that enter become those that leave.
+    """
     bases: dict[str, Tensor] = {}
     for layer, job in jobs.items():
         bases[layer], weight = _loaded(plan, job, stored[layer], block.device)
         block.put(layer, weight)
-    whole, ours, without = (torch.empty_like(block.enters_source.hidden) for _ in range(3))
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=block.device)
 
-    def hand_on(rows: slice, expected: Tensor, actual: Tensor, plain: Tensor) -> None:
-        whole[rows], ours[rows], without[rows] = expected.cpu(), actual.cpu(), plain.cpu()
+    def hand_on(rows: slice, whole: Tensor, ours: Tensor, alone: Tensor) -> None:
+        differences = (whole, whole - ours, whole - alone)
+        squares = [difference.float().square().sum(dtype=torch.float64) for difference in differences]
+        sums[int(rows.start >= block.seen)] += torch.stack(squares)
+        for entered, left in ((block.enters_source, whole), (block.enters_quantized, ours)):
+            entered.hidden[rows].copy_(left, non_blocking=True)  # nobody needs any more what was there
 
     errors = compare(block.source, block.quantized, bases, block.pairs(), block.seen, hand_on)
-    seen, rest = slice(0, block.seen), slice(block.seen, None)
+    (size, error, alone), (held_size, held_error, held_alone) = sums.tolist()
     row = BlockRow(
         block.name,
-        output_error=_error(whole[seen], ours[seen]),
-        output_error_without_adapter=_error(whole[seen], without[seen]),
-        held_out_output_error=_error(whole[rest], ours[rest]),
-        held_out_output_error_without_adapter=_error(whole[rest], without[rest]),
+        output_error=relative(error, size),
+        output_error_without_adapter=relative(alone, size),
+        held_out_output_error=relative(held_error, held_size),
+        held_out_output_error_without_adapter=relative(held_alone, held_size),
     )
-    return (row, whole, ours), errors
+    return row, errors
 
 
 def prepare(plan: Plan, ranks: int) -> Calibration:
@@ -245,9 +261,3 @@ def _loaded(plan: Plan, job: WeightJob, stored: Stored, device: torch.device) ->
     lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, plan.scaling)
     values = plan.format.read(job.stored_prefix, base, plan.empty(job))
     return values, torch.addmm(values, lora_B, lora_A)
-
-
-def _error(expected: Tensor, actual: Tensor) -> float:
-    """‖expected − actual‖_F / ‖expected‖_F, sample by sample in float64; 0 of nothing."""
-    error = sum((a.double() - b.double()).square().sum().item() for a, b in zip(expected, actual, strict=True))
-    return relative(error, sum(a.double().square().sum().item() for a in expected))

@@ -99,6 +99,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     device: options.Device = None,
+    activation_budget: options.ActivationBudget = None,
     seed: options.Seed = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -111,7 +112,7 @@ def quantize(
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
         "factor_lr": factor_lr, "clip_lr": clip_lr, "augmented": augmented,
-        "finish_epochs": finish_epochs, "finish_lr": finish_lr,
+        "finish_epochs": finish_epochs, "finish_lr": finish_lr, "activation_budget": activation_budget,
         "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
     }  # fmt: skip
     silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks

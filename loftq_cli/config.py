@@ -71,6 +71,7 @@ class QuantizeConfig(BaseModel):
     augmented: bool = False
     finish_epochs: int = Field(default=0, ge=0)
     finish_lr: float = Field(default=2e-4, gt=0)
+    activation_budget: float | None = Field(default=None, ge=0, exclude=True)  # decides no byte, so nobody records it
 
     revision: str | None = None
     trust_remote_code: bool = False

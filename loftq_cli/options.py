@@ -129,6 +129,14 @@ FinishEpochs = Annotated[
 FinishLr = Annotated[
     float | None, typer.Option(help="Its learning rate. \\[default: 2e-4]", rich_help_panel=CALIBRATION)
 ]
+ActivationBudget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Main memory for activations; beyond it they go to files in OUT. \\[default: half of what is free]",
+        rich_help_panel=HARDWARE,
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=INPUT)]
 TrustRemoteCode = Annotated[
     bool | None,

@@ -273,6 +273,15 @@ def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: 
     assert fit["after"] < 0.9 * fit["before"]
 
 
+def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_path: Path) -> None:
+    reports = []
+    for budget in (None, 0):
+        config = options(text, method="apiq-bw", epochs=1, activation_budget=budget)
+        reports.append(pipeline.quantize(speaking, tmp_path / str(budget), **config))
+    assert reports[0]["files"] == reports[1]["files"]
+    assert reports[0]["config"] == reports[1]["config"]
+
+
 def test_block_errors_are_those_of_the_loaded_model(speaking: Path, text: Path, tmp_path: Path) -> None:
     """What the loop says of the last block is what source and loaded model with its adapter really differ by."""
     report = pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))

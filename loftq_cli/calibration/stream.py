@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loftq_cli.calibration.activations import buffer
 from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, hidden_of, reached, until_reached
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Checkpoint
@@ -76,14 +78,15 @@ class BlockStream:
         parts: the samples of each micro-batch.
         device: what computes.
         dtype: in which.
+        folder: for activations; None to keep them in memory.
     """
 
     def __init__(
         self, model: Any, checkpoint: Checkpoint, names: dict[str, str], paths: Sequence[str], tokens: Tensor,
-        parts: Sequence[slice], device: torch.device, dtype: torch.dtype,
+        parts: Sequence[slice], device: torch.device, dtype: torch.dtype, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
-        self.tokens, self._parts = tokens, parts
+        self.tokens, self._parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
         self._ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         model.config.use_cache = False
@@ -96,8 +99,18 @@ class BlockStream:
 
     def begin(self, stack: Stack, ends: dict[str, Tensor]) -> Activations:
         """The stream that enters the first block of `stack`, behind stacks with these `ends`."""
-        caught = [hidden_of(self._caught(stack, 0, rows, ends)).to(self.dtype) for rows in self._parts]
-        return Activations(torch.cat([hidden.cpu() for hidden in caught]), ends)
+        made: Tensor | None = None
+        for rows in self._parts:
+            hidden = hidden_of(self._caught(stack, 0, rows, ends))
+            made = self.buffer(hidden.shape[1:]) if made is None else made
+            made[rows].copy_(hidden, non_blocking=True)
+        assert made is not None
+        return Activations(made, ends)
+
+    def buffer(self, shape: Sequence[int]) -> Tensor:
+        """Room for activations of all samples, [samples, *shape], on the CPU."""
+        pinned = self.device.type == "cuda"
+        return buffer((len(self.tokens), *shape), self.dtype, self._folder, pinned=pinned)
 
     @contextmanager
     def loaded(self, stack: Stack, number: int) -> Iterator[nn.Module]:
@@ -171,9 +184,9 @@ class BlockStream:
 
     def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Activations) -> Tensor:
         """What `block` makes of `stream`: [samples, seqlen, hidden_size], on the CPU."""
-        made = torch.empty_like(stream.hidden)
+        made = self.buffer(stream.hidden.shape[1:])
         for run in self.runs(stack, number, stream):
-            made[run.rows] = run(block).cpu()
+            made[run.rows].copy_(run(block), non_blocking=True)
         return made
 
     def _caught(self, stack: Stack, number: int, rows: slice, ends: dict[str, Tensor]) -> Arguments:
