@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +23,17 @@ from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
-from loftq_cli.finishing import Factors, finish, finished
-from loftq_cli.fitting import Block, fit, micro_batches, read_weight
+from loftq_cli.finishing import Factors, finish, finished, keep
+from loftq_cli.fitting import Block, Share, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.methods import squared_norm
-from loftq_cli.methods.trained import Fit
+from loftq_cli.methods.trained import Fit, alone
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
+from loftq_cli.ranks import Ranks
 from loftq_cli.resume import Stored, read_back
 from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
@@ -69,6 +71,7 @@ def run_blocks(
     calibration: Calibration,
     outputs: Outputs,
     device: torch.device,
+    ranks: Ranks,
     tell: Callable[[str], None],
 ) -> Measured:
     """Quantize the weights of `batches`, block by block; the plan's other weights in blocks are on disk already.
@@ -79,6 +82,8 @@ def run_blocks(
         calibration: the samples.
         outputs: what writes.
         device: what computes.
+        ranks: each has a share of the samples, and all compute the same from what they have seen together; rank 0
+            writes.
         tell: called with what is done, after every block.
 
     Raises:
@@ -86,14 +91,18 @@ def run_blocks(
     """
     model = build_to_run(plan.checkpoint, plan.config.trust_remote_code)
     names, _ = state_keys(plan.checkpoint, model)
-    tokens = torch.cat([calibration.tokens, calibration.held_out])
-    seen = len(calibration.tokens)
+    ours, held_out = (samples[ranks.rank :: ranks.size] for samples in (calibration.tokens, calibration.held_out))
+    tokens, seen = torch.cat([ours, held_out]), len(ours)
+    most, any_held_out = math.ceil(len(calibration.tokens) / ranks.size), len(calibration.held_out) > 0
+    share = Share(seen, most, any_held_out, ranks.mean if ranks.size > 1 else alone)
     parts = micro_batches(seen, len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
     folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
     stream = BlockStream(model, plan.checkpoint, names, plan.block_paths, tokens, parts, device, dtype, folder)
     missing = {batch.first.tensor for batch in batches}
+    put = outputs.put if ranks.rank == 0 else _leave_it
+    rewrite = outputs.rewrite if ranks.rank == 0 else _leave_it
 
     def through(visit: Callable[[Block], BlockRow]) -> tuple[list[BlockRow], dict[str, Tensor]]:
         """Visit every block between its two streams; return their rows and the ends of the source's stacks."""
@@ -104,7 +113,7 @@ def run_blocks(
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):
                 with stream.loaded(stack, number) as module, torch.no_grad():
-                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, seen)
+                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share)
                     rows.append(visit(block))
                 tell(block.name)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
@@ -114,14 +123,17 @@ def run_blocks(
     if trained is not None and missing:
         raise LoftqError(f"files of `{outputs.out}` were lost after its finish", "begin again with `--overwrite`")
     if trained is None:
-        rows, ends = through(lambda block: _quantize(plan, block, missing, outputs))
+        rows, ends = through(lambda block: _quantize(plan, block, missing, outputs.out, put))
         if plan.config.finish_epochs == 0:
             return Measured(rows, None)
         outputs.drain()
         outputs.commit()
-        trained = finish(plan, stream, outputs.out, ends, seen)
+        ranks.wait()  # what rank 0 has written is there for all
+        trained = finish(plan, stream, outputs.out, ends, share)
+        if ranks.rank == 0:
+            keep(outputs.out, *trained)
     factors, fit = trained
-    rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs))
+    rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs.out, rewrite))
     return Measured(rows, fit)
 
 
@@ -135,7 +147,13 @@ def _folder_for_activations(plan: Plan, bytes_per_feature: int, out: Path) -> Pa
     return out / WORK_FOLDER if streams * bytes_per_feature * width > may else None
 
 
-def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> BlockRow:
+def _leave_it(*arguments: Any) -> None:
+    """What a rank other than 0 does with what it has computed."""
+
+
+def _quantize(
+    plan: Plan, block: Block, missing: set[str], out: Path, put: Callable[[BatchResult, float], None]
+) -> BlockRow:
     """Fit a block and hand over its weights; those that are on disk are read back."""
     jobs = _jobs(plan, block)
     results: dict[str, BatchResult] = {}
@@ -145,27 +163,26 @@ def _quantize(plan: Plan, block: Block, missing: set[str], outputs: Outputs) -> 
             result = store(plan, WeightBatch((jobs[layer],)), of.W, of.made, of.watch)
             results[layer] = replace(result, training=of.training)
     stored = {
-        layer: _stored(results[layer]) if layer in results else read_back(plan, outputs.out, job)
-        for layer, job in jobs.items()
+        layer: _stored(results[layer]) if layer in results else read_back(plan, out, job) for layer, job in jobs.items()
     }
     row, errors = _measure(plan, block, jobs, stored)
     for layer, result in results.items():
         if jobs[layer].tensor in missing:
-            outputs.put(replace(result, output_errors=errors[layer]), 0.0)
+            put(replace(result, output_errors=errors[layer]), 0.0)
     return row
 
 
-def _rewrite(plan: Plan, block: Block, factors: Factors, outputs: Outputs) -> BlockRow:
+def _rewrite(plan: Plan, block: Block, factors: Factors, out: Path, rewrite: Callable[..., None]) -> BlockRow:
     """Replace the factors of a block on disk by those of the finish, and measure it anew."""
     jobs = _jobs(plan, block)
-    stored = {layer: (read_back(plan, outputs.out, job)[0], factors[job.module]) for layer, job in jobs.items()}
+    stored = {layer: (read_back(plan, out, job)[0], factors[job.module]) for layer, job in jobs.items()}
     row, errors = _measure(plan, block, jobs, stored)
     for layer, job in jobs.items():
         W = read_weight(plan, job, block.device)
         _, weight = _loaded(plan, job, stored[layer], block.device)
         size, error = squared_norm(torch.stack([W, W - weight])).tolist()
         measured = {"relative_error": relative(error, size), **row_fields(errors[layer])}
-        outputs.rewrite(job, stored[layer][1], measured)
+        rewrite(job, stored[layer][1], measured)
     return row
 
 
@@ -190,11 +207,12 @@ def _measure(
     def hand_on(rows: slice, whole: Tensor, ours: Tensor, alone: Tensor) -> None:
         differences = (whole, whole - ours, whole - alone)
         squares = [difference.float().square().sum(dtype=torch.float64) for difference in differences]
-        sums[int(rows.start >= block.seen)] += torch.stack(squares)
+        sums[int(rows.start >= block.share.seen)] += torch.stack(squares)
         for entered, left in ((block.enters_source, whole), (block.enters_quantized, ours)):
             entered.hidden[rows].copy_(left, non_blocking=True)  # nobody needs any more what was there
 
-    errors = compare(block.source, block.quantized, bases, block.pairs(), block.seen, hand_on)
+    errors = compare(block.source, block.quantized, bases, block.pairs(), block.share.seen, hand_on, block.share.mean)
+    block.share.mean(sums)
     (size, error, alone), (held_size, held_error, held_alone) = sums.tolist()
     row = BlockRow(
         block.name,
@@ -213,8 +231,6 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
         LoftqError: there is no tokenizer, or too little text; or several processes.
     """
     config, checkpoint = plan.config, plan.checkpoint
-    if ranks > 1:
-        raise LoftqError(f"`--method {config.method}` runs in one process", "start it without torchrun")
     if not plan.block_paths:
         raise LoftqError(
             f"`--method {config.method}` found no transformer blocks in `{checkpoint.model}`",
@@ -234,9 +250,12 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
         ) from error
     text = checkpoint.config.get("text_config") or checkpoint.config
     longest = min(LONGEST_WINDOW, text.get("max_position_embeddings") or text.get("n_positions") or LONGEST_WINDOW)
-    return token_batches(
+    calibration = token_batches(
         read_texts(config.calibration), tokenizer, config.samples, config.seqlen or longest, config.seed
     )
+    if len(calibration.tokens) < ranks:
+        raise LoftqError(f"{ranks} processes have {len(calibration.tokens)} samples to share", "start fewer of them")
+    return calibration
 
 
 def describe(calibration: Calibration) -> dict[str, Any]:

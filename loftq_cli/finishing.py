@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.files import write_file
-from loftq_cli.fitting import STEP_TOKENS, micro_batches
+from loftq_cli.fitting import Share
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightJob
 from loftq_cli.journal import WORK_FOLDER
@@ -50,35 +50,35 @@ def finished(out: Path) -> tuple[Factors, Fit] | None:
     return factors, Fit(**json.loads(metadata["fit"]))
 
 
-def finish(plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Tensor], seen: int) -> tuple[Factors, Fit]:
-    """Train the factors that are in `out`, and keep the result there for whoever goes on.
+def finish(plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Tensor], share: Share) -> tuple[Factors, Fit]:
+    """Train the factors that are in `out`.
 
     Args:
         plan: what was decided.
         stream: the model, and the tokens that it is to speak of.
         out: where bases and factors are.
         ends: of the source's stacks, from which follows what the source says.
-        seen: samples to train on; the others judge.
+        share: which samples train.
     """
     weights = {job.module: _LiveWeight(plan, out, job, stream) for job in plan.jobs if job.block}
     config = plan.config
-    samples, seqlen = stream.tokens.shape
-    parts = micro_batches(seen, samples, max(1, STEP_TOKENS // seqlen))
-    batches, held_out = ([p for p in parts if (p.start < seen) == of_seen] for of_seen in (True, False))
+    batches, held_out = share.batches(*stream.tokens.shape)
 
     def loss_of(rows: slice) -> Tensor:
         with torch.no_grad():
             wanted = stream.said(rows, ends)
         return divergence(stream.said(rows), wanted)
 
-    def judge() -> Tensor:
-        return torch.stack([loss_of(rows) for rows in held_out or batches]).mean()
-
     with live_blocks(stream, weights), torch.enable_grad():
         how = Training(config.finish_epochs, config.finish_lr, config.finish_lr, 0.0, config.seed)
         factors = [factor for weight in weights.values() for factor in weight.parameters()]
-        fit = train(factors, [], batches, loss_of, judge, how)
+        fit = train(factors, [], batches, held_out, loss_of, how, share.mean)
     made = {module: weight.stored() for module, weight in weights.items()}
+    return made, fit
+
+
+def keep(out: Path, made: Factors, fit: Fit) -> None:
+    """Write what was trained to where `finished` finds it, whole or not at all."""
     tensors = {
         name: tensor
         for module, pair in made.items()
@@ -86,7 +86,6 @@ def finish(plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Tensor], 
     }
     metadata = {"modules": json.dumps(list(made)), "fit": json.dumps(asdict(fit))}
     write_file(out / FINISH_FILE, save(tensors, metadata))
-    return made, fit
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

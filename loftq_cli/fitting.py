@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import Decomposition, Inputs
 from loftq_cli.methods.apiq import fit_block, fit_layer
-from loftq_cli.methods.trained import Fit, TrainedWeight, Training
+from loftq_cli.methods.trained import Fit, TrainedWeight, Training, alone
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.stopwatch import Stopwatch
@@ -27,8 +28,30 @@ STEP_TOKENS = 2048  # of a step of training: one window, as published
 
 
 @dataclass(frozen=True)
+class Share:
+    """The samples of one process.
+
+    Its first `seen` are calibrated on; no process has more than `most` of these, and some have others if `held_out`.
+    `mean` replaces a tensor by its mean over the processes.
+    """
+
+    seen: int
+    most: int
+    held_out: bool
+    mean: Callable[[Tensor], None] = alone
+
+    def batches(self, samples: int, seqlen: int) -> tuple[list[slice], list[slice]]:
+        """The samples of each step of training, as many steps in every process; and of those that judge it."""
+        size = max(1, STEP_TOKENS // seqlen)
+        parts = micro_batches(self.seen, samples, size)
+        ours = [part for part in parts if part.start < self.seen]
+        steps = [ours[i % len(ours)] for i in range(math.ceil(self.most / size))]
+        return steps, [part for part in parts if part.start >= self.seen] if self.held_out else ours
+
+
+@dataclass(frozen=True)
 class Block:
-    """A block on the device, twice, between the activations that enter the two: `seen` samples are calibrated on.
+    """A block on the device, twice, between the activations that enter the two.
 
     `source` has the source's weights; those of `quantized` are replaced one after the other.
     """
@@ -40,7 +63,7 @@ class Block:
     quantized: nn.Module
     enters_source: Activations
     enters_quantized: Activations
-    seen: int
+    share: Share
 
     @property
     def name(self) -> str:
@@ -84,7 +107,7 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     for layers in groups:
         both: tuple[Inputs, ...] = ()
         if plan.needs_moments:
-            found = moments(block.source, block.quantized, layers[0], block.pairs(), block.seen)
+            found = moments(block.source, block.quantized, layers[0], block.pairs(), block.share.seen, block.share.mean)
             both = tuple(Inputs(of.gram, of.drift) for of in found)
         for layer in layers:
             W = read_weight(plan, jobs[layer], block.device)[None]
@@ -93,9 +116,10 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
             training = None
             if config.method == "apiq-lw":
                 weight = _trained(plan, W, made)
-                held_out = both[1] if block.seen < len(block.enters_source.hidden) else both[0]
+                held_out = both[1] if block.share.held_out else both[0]
+                steps = len(block.share.batches(*block.enters_source.hidden.shape[:2])[0])
                 with torch.enable_grad(), watch("train"):
-                    training = fit_layer(W[0].float(), weight, both[0], held_out, len(_steps(block)[0]), _how(plan))
+                    training = fit_layer(W[0].float(), weight, both[0], held_out, steps, _how(plan))
                 made = weight.decomposition()
             fitted[layer] = Fitted(W, made, watch, training)
             block.put(layer, dequantize(made.quantized) + made.factors.product()[0])
@@ -126,19 +150,12 @@ def _train_block(plan: Plan, block: Block, fitted: dict[str, Fitted]) -> None:
         ours = run(call)
         return ours, [made[run.rows].to(ours.device, non_blocking=True) for made in wanted]
 
-    parts = _steps(block)
+    parts = block.share.batches(*block.enters_source.hidden.shape[:2])
     runs = [list(stream.runs(stack, number, block.enters_quantized, rows)) for rows in parts]
     with torch.enable_grad():
-        training = fit_block(list(weights.values()), runs[0], outputs, runs[1] or runs[0], _how(plan))
+        training = fit_block(list(weights.values()), runs[0], outputs, runs[1], _how(plan), block.share.mean)
     for layer, weight in weights.items():
         fitted[layer] = Fitted(fitted[layer].W, weight.decomposition(), fitted[layer].watch, training)
-
-
-def _steps(block: Block) -> tuple[list[slice], list[slice]]:
-    """The samples of each step of training, and those held out, in as small parts."""
-    total, seqlen, _ = block.enters_source.hidden.shape
-    parts = micro_batches(block.seen, total, max(1, STEP_TOKENS // seqlen))
-    return [part for part in parts if part.start < block.seen], [part for part in parts if part.start >= block.seen]
 
 
 def micro_batches(seen: int, total: int, size: int) -> list[slice]:

@@ -122,7 +122,7 @@ def run_plan(
         torch.cuda.reset_peak_memory_stats(device)
     progress = progress or (lambda name, size: None)
     if ranks.rank > 0:
-        return _follow(plan, out, identity, device, ranks, progress)
+        return _follow(plan, out, identity, device, ranks, progress, calibration)
     _refuse_source_as_out(plan, out)
     if check_out(out, identity, resume, overwrite):
         ranks.tell(FINISHED)
@@ -145,7 +145,13 @@ def run_plan(
 
 
 def _follow(
-    plan: Plan, out: Path, identity: Identity, device: torch.device, ranks: Ranks, progress: Progress
+    plan: Plan,
+    out: Path,
+    identity: Identity,
+    device: torch.device,
+    ranks: Ranks,
+    progress: Progress,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     """What a rank other than 0 does: its share of the steps, in files that rank 0 has made."""
     number = ranks.tell(0)
@@ -160,7 +166,7 @@ def _follow(
             raise LoftqError(f"rank {ranks.rank} differs from rank 0: " + "; ".join(changed), "give all ranks the same")
         journal.join()
         with closing(journal), Outputs(plan, out, journal, device, ranks.rank, ranks.size) as outputs:
-            run_steps(plan, outputs, device, ranks, progress)
+            run_steps(plan, outputs, device, ranks, progress, calibration)
         ranks.wait()
     return read_finished(out)
 
@@ -177,16 +183,16 @@ def run_steps(
 
     With `calibration`, weights in transformer blocks come afterwards, block by block.
     """
-    steps = ranks.share(outputs.missing())
     in_blocks: list[WeightBatch] = []
-    beside: list[Step] = []
-    for step in steps:
+    others: list[Step] = []
+    for step in outputs.missing():
         if calibration and isinstance(step, WeightBatch) and step.first.block:
             in_blocks.append(step)
         else:
-            beside.append(step)
+            others.append(step)
+    beside = ranks.share(others)
     ranks.wait()  # all ranks have read what is missing, before any of them journals more
-    outputs.expect(steps)
+    outputs.expect([*beside, *(in_blocks if ranks.rank == 0 else ())])
 
     def report() -> None:
         for name, size in outputs.finished():
@@ -212,7 +218,7 @@ def run_steps(
                 report()
                 progress(block, 0)
 
-            measured = run_blocks(plan, in_blocks, calibration, outputs, device, tell)
+            measured = run_blocks(plan, in_blocks, calibration, outputs, device, ranks, tell)
     outputs.drain()
     outputs.commit()
     ranks.wait()

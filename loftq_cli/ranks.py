@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import os
@@ -9,13 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
 from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.errors import LoftqError
 from loftq_cli.plan import Step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TIMEOUT = timedelta(hours=12)  # ranks wait for the slowest; one that dies is noticed at once, by its connection
 
@@ -61,6 +66,20 @@ class Ranks:
         except RuntimeError as error:
             raise _lost(error) from None
 
+    def mean(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its mean over the ranks: the same bits on all of them.
+
+        Raises:
+            LoftqError: a rank has stopped.
+        """
+        from torch.distributed import all_reduce
+
+        try:
+            all_reduce(tensor, group=_device_group() if tensor.is_cuda else None)
+        except RuntimeError as error:
+            raise _lost(error) from None
+        tensor /= self.size
+
     def share(self, steps: Sequence[Step]) -> list[Step]:
         """The steps that are this rank's, in order: spread by size, the largest first, to who has least."""
         if self.size == 1:
@@ -101,6 +120,15 @@ def joined() -> Iterator[Ranks]:
 def local_rank() -> int:
     """Which of the processes on this machine this is: the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if by_torchrun() else 0
+
+
+@functools.cache
+def _device_group() -> ProcessGroup | None:
+    """What sums on GPUs: NCCL where every process has a GPU of its own; else gloo, by way of main memory."""
+    from torch import distributed
+
+    of_its_own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return distributed.new_group(backend="nccl", timeout=TIMEOUT) if of_its_own else None
 
 
 def _cost(step: Step) -> int:

@@ -21,11 +21,13 @@ from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
-from loftq_cli.fitting import Block, micro_batches
+from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.meta_model import build_to_run
+from loftq_cli.methods.trained import alone
 from loftq_cli.targets import state_keys
 from loftq_cli.verify import verify
 from tests.test_eval import save_tokenizer
+from tests.test_ranks import run
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
@@ -172,7 +174,7 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
             tensor[rows] = part
 
     with stream.loaded(stack, 0) as module, torch.no_grad():
-        block = Block(stream, stack, 0, copy.deepcopy(module), module, enters, enters, 4)
+        block = Block(stream, stack, 0, copy.deepcopy(module), module, enters, enters, Share(4, 4, True))
         layers = [name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
         groups = by_input(module, layers, next(stream.runs(stack, 0, enters)))
         assert [sorted(group) for group in groups] == [
@@ -184,8 +186,8 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
         base = module.get_parameter("self_attn.v_proj.weight") + 0.3 * noise
         bases = {"self_attn.v_proj": base, "mlp.down_proj": module.get_parameter("mlp.down_proj.weight").clone()}
         block.put("self_attn.v_proj", repaired)
-        found = moments(block.source, module, "mlp.down_proj", block.pairs(), 4)
-        errors = compare(block.source, module, bases, block.pairs(), 4, hand_on)
+        found = moments(block.source, module, "mlp.down_proj", block.pairs(), 4, alone)
+        errors = compare(block.source, module, bases, block.pairs(), 4, hand_on, alone)
     for which, rows in enumerate((slice(0, 4), slice(4, 6))):
         x, ours = (seen[rows].flatten(0, 1) for seen in entered["mlp.down_proj"])
         for actual, expected in ((found[which].gram, ours.T @ ours), (found[which].drift, (x - ours).T @ ours)):
@@ -271,6 +273,35 @@ def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: 
     fit = report["calibration"]["finish"]
     assert divergences == pytest.approx([fit["before"], fit["after"]], rel=0.01)
     assert fit["after"] < 0.9 * fit["before"]
+
+
+@pytest.mark.parametrize(
+    ("more", "tolerance"),
+    [
+        (["--method=qera"], 1e-4),
+        (["--method=cloq"], 0.2),  # one code that falls the other way changes all that are rounded after it
+        (["--method=apiq-bw", "--epochs=2", "--finish-epochs=1"], 0.25),
+    ],
+    ids=["qera", "cloq", "trained"],
+)
+def test_ranks_share_the_samples(speaking: Path, text: Path, tmp_path: Path, more: list[str], tolerance: float) -> None:
+    """Two make what two make, byte for byte; and what one makes but for rounding, or larger steps where it trains."""
+    words = ["-m", "loftq_cli", "quantize", "--json", "--device=cpu", "--bits=2", "--rank=4", "--group-size=32", *more]
+    words += [f"--calibration={text}", "--samples=13", "--seqlen=32", "--iters=2", "--format=dense", str(speaking)]
+    reports = []
+    for name, ranks in (("one", 0), ("two", 2), ("again", 2)):
+        ran = run([*words, str(tmp_path / name)], ranks)
+        assert ran.returncode == 0, ran.stderr
+        reports.append(json.loads(ran.stdout))
+        assert verify(tmp_path / name, str(speaking)).violations == ()
+    assert reports[1]["files"] == reports[2]["files"]
+    assert reports[1]["calibration"] == reports[2]["calibration"]
+    for one, two in zip(*(report["calibration"]["blocks"] for report in reports[:2]), strict=True):
+        for key in ("output_error", "held_out_output_error"):
+            assert two[key] == pytest.approx(one[key], rel=tolerance)
+    refused = run([*words, "--samples=1", str(tmp_path / "refused")], 2)
+    assert refused.returncode != 0
+    assert "2 processes have 1 samples" in refused.stderr
 
 
 def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_path: Path) -> None:

@@ -49,15 +49,15 @@ def by_input(block: nn.Module, layers: Sequence[str], run: Run) -> list[list[str
 
 
 def moments(
-    source: nn.Module, block: nn.Module, layer: str, pairs: Iterable[Pair], seen: int
+    source: nn.Module, block: nn.Module, layer: str, pairs: Iterable[Pair], seen: int, mean: Callable[[Tensor], None]
 ) -> tuple[Moments, Moments]:
-    """The moments of what enters `layer`, of the first `seen` samples and of the others.
+    """The moments of what enters `layer`, of the first `seen` samples and of the others, of all processes (`mean`).
 
     Where the two blocks send other tokens to a layer, as a router may, nothing is known of a drift.
     """
     weight = block.get_parameter(f"{layer}.weight")
     sums = torch.zeros(2, 2, weight.shape[1], weight.shape[1], device=weight.device)
-    counts = [0, 0]
+    counts = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for source_run, run in pairs:
         which = int(run.rows.start >= seen)
         inputs = [_input_of(layer, source, source_run), _input_of(layer, block, run)]
@@ -68,7 +68,9 @@ def moments(
         add_product(sums[which, 0], ours, ours)
         if x is not None and x.shape == ours.shape:
             add_product(sums[which, 1], x - ours, ours)
-    gram, held_out = (Moments(*(total / max(1, count))) for total, count in zip(sums, counts, strict=True))
+    mean(sums)
+    mean(counts)
+    gram, held_out = (Moments(*(total / (count or 1))) for total, count in zip(sums, counts.tolist(), strict=True))
     return gram, held_out
 
 
@@ -116,6 +118,7 @@ def compare(
     pairs: Iterable[Pair],
     seen: int,
     hand_on: Callable[[slice, Tensor, Tensor, Tensor], None],
+    mean: Callable[[Tensor], None],
 ) -> dict[str, LayerErrors]:
     """Run both blocks on all samples, and compare what their layers say, of the first `seen` samples and of the others.
 
@@ -126,6 +129,7 @@ def compare(
         pairs: micro-batches.
         seen: samples that were calibrated on.
         hand_on: gets samples and what is made of them: by `source`, by `block`, and by `block` with `bases`.
+        mean: replaces a tensor by its mean over the processes that have other samples.
     """
     plain = {f"{layer}.weight": base.to(block.get_parameter(f"{layer}.weight").dtype) for layer, base in bases.items()}
     sums = {layer: torch.zeros(2, 3, dtype=torch.float64, device=base.device) for layer, base in bases.items()}
@@ -159,6 +163,8 @@ def compare(
             column = 2
             ours = run(block)
         hand_on(run.rows, whole, ours, alone)
+    for total in sums.values():
+        mean(total)
     return {layer: (_errors(total[0]), _errors(total[1])) for layer, total in sums.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.methods.inputs import Inputs
-from loftq_cli.methods.trained import Batch, Fit, TrainedWeight, Training, train
+from loftq_cli.methods.trained import Batch, Fit, TrainedWeight, Training, alone, train
 
 
 def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs, steps: int, how: Training) -> Fit:
@@ -27,7 +27,7 @@ def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs
         how: see `Training`.
     """
     losses = [_quadratic(W, moments) for moments in (inputs, held_out)]
-    return _train([weight], range(steps), lambda _: losses[0](weight()), lambda: losses[1](weight()), how)
+    return train(*_parameters([weight]), [0] * steps, [1], lambda which: losses[which](weight()), how)
 
 
 def _quadratic(W: Tensor, inputs: Inputs) -> Callable[[Tensor], Tensor]:
@@ -50,6 +50,7 @@ def fit_block(
     outputs: Callable[[Batch], tuple[Tensor, Sequence[Tensor]]],
     held_out: Sequence[Batch],
     how: Training,
+    mean: Callable[[Tensor], None] = alone,
 ) -> Fit:
     """Block-wise (section 4.3): least ‖F(X) − F̂(X̂)‖, all weights of the block trained together.
 
@@ -60,24 +61,19 @@ def fit_block(
             for the augmented loss of ApiQ's own code.
         held_out: micro-batches that decide.
         how: see `Training`.
+        mean: see `train`.
     """
 
     def loss(batch: Batch) -> Tensor:
         ours, wanted = outputs(batch)
         return torch.stack([relative_error(ours, theirs) for theirs in wanted]).sum()
 
-    return _train(weights, batches, loss, lambda: torch.stack([loss(batch) for batch in held_out]).mean(), how)
+    return train(*_parameters(weights), batches, held_out, loss, how, mean)
 
 
-def _train(
-    weights: Sequence[TrainedWeight],
-    batches: Sequence[Batch],
-    loss_of: Callable[[Batch], Tensor],
-    held_out: Callable[[], Tensor],
-    how: Training,
-) -> Fit:
-    factors = [factor for weight in weights for factor in (weight.lora_A, weight.lora_B)]
-    return train(factors, [weight.grid for weight in weights], batches, loss_of, held_out, how)
+def _parameters(weights: Sequence[TrainedWeight]) -> tuple[list[Tensor], list[Tensor]]:
+    factors: list[Tensor] = [factor for weight in weights for factor in (weight.lora_A, weight.lora_B)]
+    return factors, [weight.grid for weight in weights]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -142,13 +142,18 @@ class Fit:
     skipped: int
 
 
+def alone(tensor: Tensor) -> None:
+    """The mean over processes, where there is one."""
+
+
 def train(
     factors: Sequence[Tensor],
     grids: Sequence[Tensor],
     batches: Sequence[Batch],
+    held_out: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
-    held_out: Callable[[], Tensor],
     how: Training,
+    mean: Callable[[Tensor], None] = alone,
 ) -> Fit:
     """Train parameters on `batches` in an order drawn anew for each epoch; keep what is best on held-out samples.
 
@@ -157,12 +162,14 @@ def train(
     Args:
         factors: what trains at one rate.
         grids: what trains at the other.
-        batches: what `loss_of` takes.
+        batches: what `loss_of` takes; as many in every process.
+        held_out: those that decide.
         loss_of: the loss of a batch, differentiable; where it is not finite the step is skipped.
-        held_out: the loss that decides, with no gradient.
         how: see `Training`.
+        mean: replaces a tensor by its mean over all processes that train together.
     """
-    device = factors[0].device
+    parameters = [*factors, *grids]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(
         [{"params": factors, "lr": how.factor_lr}, {"params": grids, "lr": how.clip_lr}],
         weight_decay=how.weight_decay,
@@ -177,15 +184,29 @@ def train(
 
     def judge() -> Tensor:
         with torch.no_grad():
-            return held_out().nan_to_num(math.inf, math.inf, math.inf)
+            losses = [torch.zeros((), device=device), *(loss_of(batch).float() for batch in held_out)]
+            total = torch.stack([torch.stack(losses).sum(), torch.full((), float(len(held_out)), device=device)])
+            mean(total)
+            return (total[0] / total[1]).nan_to_num(math.inf, math.inf, math.inf)
+
+    def share_gradients(loss: Tensor) -> Tensor:
+        """Make gradients and loss their means over the processes."""
+        if mean is alone:
+            return loss
+        parts = [loss.detach().float().view(1), *(p.grad.flatten() for p in parameters if p.grad is not None)]
+        flat = torch.cat(parts)
+        mean(flat)
+        for part, shared in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(shared)
+        return flat[0]
 
     first = least = judge()
-    best = [parameter.detach().clone() for parameter in (*factors, *grids)]
+    best = [parameter.detach().clone() for parameter in parameters]
     for _ in range(how.epochs):
         for i in torch.randperm(len(batches), generator=generator).tolist():
             loss = loss_of(batches[i])
             scaler.scale(loss).backward()
-            skipped += ~loss.isfinite()
+            skipped += ~share_gradients(loss).isfinite()
             scaler.step(optimizer)
             scaler.update(1.0)
             optimizer.zero_grad(set_to_none=True)
@@ -193,9 +214,9 @@ def train(
         now = judge()
         better = now < least
         least = torch.where(better, now, least)
-        for kept, parameter in zip(best, (*factors, *grids), strict=True):
+        for kept, parameter in zip(best, parameters, strict=True):
             torch.where(better, parameter.detach(), kept, out=kept)
     with torch.no_grad():
-        for kept, parameter in zip(best, (*factors, *grids), strict=True):
+        for kept, parameter in zip(best, parameters, strict=True):
             parameter.copy_(kept)
     return Fit(first.item(), least.item(), steps, int(skipped))
