@@ -10,7 +10,7 @@ import resource
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from loftq_cli import __version__
+from loftq_cli.config import CALIBRATED
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
@@ -134,31 +135,49 @@ class Group:
     weights: int
     shapes: str
     bits: str
-    relative_error: float | None
-    relative_error_without_adapter: float | None
+    errors: tuple[float, ...]  # those of `error_columns`; none in a plan
 
 
-def layer_groups(weights: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Pool rows whose module names differ only in layer numbers; errors are None in a plan."""
+def error_columns(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the tables show of errors: heads, and the fields of a row that they stand over.
+
+    Weights, where these are all that a method has looked at; else what layers say, for these weights are to be better
+    than the source's where better serves what layers say.
+    """
+    if config["method"] not in CALIBRATED:
+        return {"base alone": "relative_error_without_adapter", "base + adapter": "relative_error"}
+    return {
+        "base alone": "output_error_without_adapter",
+        "base + adapter": "output_error",
+        "held out: alone": "held_out_output_error_without_adapter",
+        "+ adapter": "held_out_output_error",
+    }
+
+
+def pooled_errors(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> tuple[float, ...]:
+    """Each field over the rows that have it: weights by their norms, outputs all alike."""
+    return tuple(
+        pooled((row[field], 1.0 if "output" in field else row["norm"]) for row in rows if field in row)
+        for field in fields
+    )
+
+
+def layer_groups(weights: Iterable[Mapping[str, Any]], fields: Iterable[str] = ()) -> list[Group]:
+    """Pool rows whose module names differ only in layer numbers, with the errors in `fields`."""
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in weights:
         kinds[re.sub(r"\.\d+(?=\.|$)", ".*", row["name"])].append(row)
-    groups = []
-    for kind, rows in kinds.items():
-        measured = "relative_error" in rows[0]
-        groups.append(
-            Group(
-                kind=kind,
-                weights=len(rows),
-                shapes=", ".join(dict.fromkeys(f"{m}×{n}" for m, n in (row["shape"] for row in rows))),
-                bits="/".join(str(bits) for bits in sorted({row["bits"] for row in rows})),
-                relative_error=pooled((r["relative_error"], r["norm"]) for r in rows) if measured else None,
-                relative_error_without_adapter=pooled((r["relative_error_without_adapter"], r["norm"]) for r in rows)
-                if measured
-                else None,
-            )
+    fields = list(fields)
+    return [
+        Group(
+            kind=kind,
+            weights=len(rows),
+            shapes=", ".join(dict.fromkeys(f"{m}×{n}" for m, n in (row["shape"] for row in rows))),
+            bits="/".join(str(bits) for bits in sorted({row["bits"] for row in rows})),
+            errors=pooled_errors(rows, fields),
         )
-    return groups
+        for kind, rows in kinds.items()
+    ]
 
 
 def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, str]]:
@@ -193,11 +212,12 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     totals, config = report["totals"], report["config"]
     name = Path(report["source"]["model"]).resolve().name
     hub_id = "" if Path(report["source"]["model"]).is_dir() else f"base_model: {report['source']['model']}\n"
+    columns = error_columns(config)
     rows = "\n".join(
-        f"| `{group.kind}` | {group.weights} | {group.bits} | {group.relative_error_without_adapter:.4f} "
-        f"| {group.relative_error:.4f} |"
-        for group in layer_groups(report["weights"])
+        f"| `{group.kind}` | {group.weights} | {group.bits} | " + _cells(group.errors)
+        for group in layer_groups(report["weights"], columns.values())
     )
+    every = _cells(pooled_errors(report["weights"], columns.values()))
     skips = "\n".join(
         f"- {count} × {reason}, e.g. `{first}`" for reason, count, first in skip_counts(report["skipped"])
     )
@@ -230,13 +250,12 @@ the original weights as the method makes it.
 {notes}
 ## Error
 
-`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.
+{MEANING["output" if config["method"] in CALIBRATED else "weight"]}
 
-| layers | weights | bits | base alone | base + adapter |
-|---|---|---|---|---|
+| layers | weights | bits | {" | ".join(columns)} |
+|---|---|---|{"---|" * len(columns)}
 {rows}
-| **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | \
-{totals["relative_error_without_adapter"]:.4f} | {totals["relative_error"]:.4f} |
+| **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | {every}
 
 Settings: {settings}.
 
@@ -252,6 +271,16 @@ The header of `adapter_model.safetensors` names the base by its hash, `{fingerpr
 """
 
 
+def _cells(errors: Iterable[float]) -> str:
+    return " | ".join(f"{error:.4f}" for error in errors) + " |"
+
+
+MEANING = {
+    "weight": "`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.",
+    "output": "`‖Y − Ŷ‖ / ‖Y‖` (Frobenius) of what layers say in the source and here, root mean square over the layers "
+    "of a kind: without the adapters of their block and with all adapters; on the text that was calibrated on, and on "
+    "text held out.",
+}
 _CARD_SETTINGS = (
     "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,22 @@ from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
 from loftq_cli.pipeline import plan_quantize
-from loftq_cli.report import install_line, layer_groups, load_lines, plan_summary, skip_counts
+from loftq_cli.report import (
+    error_columns,
+    install_line,
+    layer_groups,
+    load_lines,
+    plan_summary,
+    pooled_errors,
+    skip_counts,
+)
 
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 LAYER_COLUMNS = (("layers", "left"), ("weights", "right"), ("shape", "left"), ("bits", "right"))
 SHOWN = 20  # violations
-ERROR_COLUMNS = (("base alone", "right"), ("base + adapter", "right"))
+SHOWN_BLOCKS = 6  # evenly from the first to the last
 
 
 def plan(output: Out, plan: Plan, out: Path | None) -> None:
@@ -56,14 +64,20 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     """What was done, measured, and what to type next."""
     output.data({key: value for key, value in report.items() if key != "weights"})
     totals, config = report["totals"], report["config"]
+    fields = error_columns(config)
     rows = [
-        (g.kind, str(g.weights), g.shapes, g.bits, f"{g.relative_error_without_adapter:.4f}", f"{g.relative_error:.4f}")
-        for g in layer_groups(report["weights"])
+        (group.kind, str(group.weights), group.shapes, group.bits, *_errors(group.errors))
+        for group in layer_groups(report["weights"], fields.values())
     ]
-    errors = f"{totals['relative_error_without_adapter']:.4f}", f"{totals['relative_error']:.4f}"
-    rows.append(("all", str(totals["weights"]), "", f"{totals['bits_per_weight']:.2f}", *errors))
-    title = f"{report['source']['model']}: relative error ‖W − Ŵ‖/‖W‖ by kind of layer"
-    output.table(title, (*LAYER_COLUMNS, *ERROR_COLUMNS), rows, total=1)
+    every = _errors(pooled_errors(report["weights"], fields.values()))
+    rows.append(("all", str(totals["weights"]), "", f"{totals['bits_per_weight']:.2f}", *every))
+    heads = tuple((head, "right") for head in fields)
+    of = "output error ‖Y − Ŷ‖/‖Y‖" if config["method"] in CALIBRATED else "relative error ‖W − Ŵ‖/‖W‖"
+    output.table(f"{report['source']['model']}: {of} by kind of layer", (*LAYER_COLUMNS, *heads), rows, total=1)
+    if blocks := report.get("calibration", {}).get("blocks"):
+        some = sorted({round(i * (len(blocks) - 1) / (SHOWN_BLOCKS - 1)) for i in range(SHOWN_BLOCKS)})
+        lines = [(blocks[i]["name"], *_errors(blocks[i][field] for field in fields.values())) for i in some]
+        output.table("Blocks: error of what leaves them", (("block", "left"), *heads), lines)
     _skips(output, report["skipped"])
     unrepaired = [row for row in report["weights"] if row["iterations"] == 0 and row["relative_error"] > 0]
     if unrepaired and config["method"] != "qlora":
@@ -73,6 +87,12 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         )
     if moved := [row["name"] for row in report["weights"] if row["device"] != config["device"]]:
         output.warning(f"{len(moved)} weights did not fit the GPU's memory and were computed on the CPU: {moved[0]}, …")
+    if config["method"] in CALIBRATED:
+        blind = [row["name"] for row in report["weights"] if "output_error" not in row]
+        if blind:
+            output.warning(
+                f"no text reached {len(blind)} weights, which were quantized without looking at any: {blind[0]}, …"
+            )
     if note := report.get("calibration", {}).get("note"):
         output.warning(note)
     seconds = totals["seconds"]
@@ -159,6 +179,10 @@ def perplexity(output: Out, out: Path, text: Path, source: str | None, **options
     columns = (("model", "left"), ("nats per token", "right"), ("perplexity", "right"))
     output.table(f"{out} on {text}", columns, rows)
     output.result(measured.protocol)
+
+
+def _errors(values: Iterable[float]) -> tuple[str, ...]:
+    return tuple(f"{value:.4f}" for value in values)
 
 
 def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:
