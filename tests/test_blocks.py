@@ -304,6 +304,22 @@ def test_ranks_share_the_samples(speaking: Path, text: Path, tmp_path: Path, mor
     assert "2 processes have 1 samples" in refused.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("method", ["qera", "cloq", "apiq-lw", "apiq-bw"])
+def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path, tmp_path: Path, method: str) -> None:
+    more = {"epochs": 2, "finish_epochs": 1} if method == "apiq-bw" else {}
+    made = [
+        pipeline.quantize(speaking, tmp_path / name, **{**options(text, method=method, **more), "device": device})
+        for name, device in (("first", "cuda"), ("again", "cuda"), ("cpu", "cpu"))
+    ]
+    assert made[0]["files"] == made[1]["files"]
+    assert made[0]["calibration"] == made[1]["calibration"]
+    assert verify(tmp_path / "first", str(speaking)).violations == ()
+    for here, there in zip(*(report["calibration"]["blocks"] for report in made[1:]), strict=True):
+        assert here["held_out_output_error"] == pytest.approx(there["held_out_output_error"], rel=0.25)
+
+
 def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_path: Path) -> None:
     reports = []
     for budget in (None, 0):

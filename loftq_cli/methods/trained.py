@@ -6,11 +6,14 @@ Shapes: m = out_features, n = in_features, g = group_size, G = groups of a row, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -200,17 +203,21 @@ def train(
             part.copy_(shared)
         return flat[0]
 
+    def step(batch: Batch) -> None:
+        loss = loss_of(batch)
+        scaler.scale(loss).backward()
+        skipped.add_(~share_gradients(loss).isfinite())
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+
     first = least = judge()
     best = [parameter.detach().clone() for parameter in parameters]
     for _ in range(how.epochs):
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            loss = loss_of(batches[i])
-            scaler.scale(loss).backward()
-            skipped += ~share_gradients(loss).isfinite()
-            scaler.step(optimizer)
-            scaler.update(1.0)
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+        with _repeatable():
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                step(batches[i])
         now = judge()
         better = now < least
         least = torch.where(better, now, least)
@@ -220,3 +227,20 @@ def train(
         for kept, parameter in zip(best, parameters, strict=True):
             parameter.copy_(kept)
     return Fit(first.item(), least.item(), steps, int(skipped))
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Inside, a GPU sums gradients in the same order each time: attention, for one, else takes them as they come."""
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*determinis")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        memory.fill_uninitialized_memory = fills
