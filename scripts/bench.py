@@ -6,6 +6,7 @@
     python scripts/bench.py agree MODEL     CUDA against CPU on every weight: codes and errors
     python scripts/bench.py quantize MODEL  a whole run beside the time that moving the bytes takes, and full SVDs
     python scripts/bench.py profile MODEL   where the time of a run goes; MODEL with a few layers
+    python scripts/bench.py calibrate MODEL calibrated methods, MODEL with a few layers: time per block, memory
     python scripts/bench.py perplexity ...  perplexity before any fine-tuning; it has flags of its own, see its --help
     python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
@@ -28,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this loftq, not an installed one
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_calibrate
 import bench_perplexity
 import bench_profile
 import bench_quantize
@@ -55,6 +57,7 @@ COLUMNS = {  # of the printed tables, with their format specifications
     "quantize": bench_quantize.COLUMNS,
     "profile": bench_profile.COLUMNS,
     "perplexity": bench_perplexity.COLUMNS,
+    "calibrate": bench_calibrate.COLUMNS,
 }  # fmt: skip
 
 
@@ -257,7 +260,7 @@ def readme() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "svd", "loop", "agree", "quantize", "profile", "readme"))
+    parser.add_argument("what", choices=("table", "svd", "loop", "agree", "quantize", "profile", "calibrate", "readme"))
     parser.add_argument("model", nargs="?")
     group = parser.add_argument_group("quantize")
     group.add_argument("--bits", type=int, default=2)
@@ -286,6 +289,8 @@ if __name__ == "__main__":
         {"loop": loop, "readme": readme}[what]()
     elif what == "quantize":
         bench_quantize.quantize(Path(model), **arguments)
+    elif what == "calibrate":
+        bench_calibrate.calibrate(Path(model), rank=arguments["rank"])
     elif what == "profile":
         bench_profile.profile(Path(model))
     else:

@@ -226,6 +226,18 @@ def write_shards(folder: Path, files: dict[str, list[Tensor]], seed: int, device
     print(f"on the disk after {time.perf_counter() - start:.1f} s", flush=True)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """One token for every byte: random weights do not care, and calibration wants tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+
+
 def make(
     shape: str, out: Path, layers: int | None = None, scale_down: int = 1, seed: int = 0,
     shard_bytes: int | None = None, device: str | None = None, workers: int | None = None,
@@ -255,6 +267,7 @@ def make(
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_tokenizer(partial)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(out)
 

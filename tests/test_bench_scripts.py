@@ -275,3 +275,15 @@ def test_the_table_of_perplexities_is_filled_by_several_calls(
     with pytest.raises(SystemExit, match="other settings"):
         perplexity.main([*settings, "--max-tokens=100"])
     assert json.loads(file.read_text())["rows"] == rows
+
+
+def test_calibrate_extrapolates_from_a_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["bench_common"], "RESULTS", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_checkpoint.make("llama-2-7b", tmp_path / "model", layers=2, scale_down=32, device="cpu")
+    bench.bench_calibrate.calibrate(tmp_path / "model", samples=4, seqlen=64, rank=4)
+    (file,) = tmp_path.glob("calibrate*.json")
+    cloq, few, more, whole = json.loads(file.read_text())["rows"]
+    assert cloq["whole model, min"] * 60 == pytest.approx(cloq["wall, s"] + 30 * cloq["s per block"])
+    epoch = (more["whole model, min"] - few["whole model, min"]) / 2
+    assert whole["whole model, min"] == pytest.approx(few["whole model, min"] + 19 * epoch)
