@@ -35,6 +35,7 @@ from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
 from loftq_cli.ranks import Ranks
 from loftq_cli.resume import Stored, read_back
+from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
 
@@ -94,7 +95,7 @@ def run_blocks(
     ours, held_out = (samples[ranks.rank :: ranks.size] for samples in (calibration.tokens, calibration.held_out))
     tokens, seen = torch.cat([ours, held_out]), len(ours)
     most, any_held_out = math.ceil(len(calibration.tokens) / ranks.size), len(calibration.held_out) > 0
-    share = Share(seen, most, any_held_out, ranks.mean if ranks.size > 1 else alone)
+    share = Share(seen, most, any_held_out, ranks.mean if ranks.size > 1 else alone, ranks.tell)
     parts = micro_batches(seen, len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
@@ -113,8 +114,10 @@ def run_blocks(
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):
                 with stream.loaded(stack, number) as module, torch.no_grad():
-                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share)
+                    watch = Stopwatch(torch.device("cpu"))  # each of its stages ends by waiting for the device
+                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share, watch)
                     rows.append(visit(block))
+                outputs.spent(watch.seconds())
                 tell(block.name)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
@@ -129,7 +132,10 @@ def run_blocks(
         outputs.drain()
         outputs.commit()
         ranks.wait()  # what rank 0 has written is there for all
-        trained = finish(plan, stream, outputs.out, ends, share)
+        watch = Stopwatch(torch.device("cpu"))
+        with watch("train"):
+            trained = finish(plan, stream, outputs.out, ends, share)
+        outputs.spent(watch.seconds())
         if ranks.rank == 0:
             keep(outputs.out, *trained)
     factors, fit = trained
@@ -178,7 +184,7 @@ def _rewrite(plan: Plan, block: Block, factors: Factors, out: Path, rewrite: Cal
     stored = {layer: (read_back(plan, out, job)[0], factors[job.module]) for layer, job in jobs.items()}
     row, errors = _measure(plan, block, jobs, stored)
     for layer, job in jobs.items():
-        W = read_weight(plan, job, block.device)
+        W = read_weight(plan, job, block.device).float()
         _, weight = _loaded(plan, job, stored[layer], block.device)
         size, error = squared_norm(torch.stack([W, W - weight])).tolist()
         measured = {"relative_error": relative(error, size), **row_fields(errors[layer])}
@@ -202,17 +208,18 @@ def _measure(
     for layer, job in jobs.items():
         bases[layer], weight = _loaded(plan, job, stored[layer], block.device)
         block.put(layer, weight)
-    sums = torch.zeros(2, 3, dtype=torch.float64, device=block.device)
+    sums, share = torch.zeros(2, 3, dtype=torch.float64, device=block.device), block.share
 
     def hand_on(rows: slice, whole: Tensor, ours: Tensor, alone: Tensor) -> None:
         differences = (whole, whole - ours, whole - alone)
         squares = [difference.float().square().sum(dtype=torch.float64) for difference in differences]
-        sums[int(rows.start >= block.share.seen)] += torch.stack(squares)
+        sums[int(rows.start >= share.seen)] += torch.stack(squares)
         for entered, left in ((block.enters_source, whole), (block.enters_quantized, ours)):
             entered.hidden[rows].copy_(left, non_blocking=True)  # nobody needs any more what was there
 
-    errors = compare(block.source, block.quantized, bases, block.pairs(), block.share.seen, hand_on, block.share.mean)
-    block.share.mean(sums)
+    with block.watch("text"):
+        errors = compare(block.source, block.quantized, bases, block.pairs(), share.seen, hand_on, share.mean)
+    share.mean(sums)
     (size, error, alone), (held_size, held_error, held_alone) = sums.tolist()
     row = BlockRow(
         block.name,

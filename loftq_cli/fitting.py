@@ -32,13 +32,14 @@ class Share:
     """The samples of one process.
 
     Its first `seen` are calibrated on; no process has more than `most` of these, and some have others if `held_out`.
-    `mean` replaces a tensor by its mean over the processes.
+    `mean` replaces a tensor by its mean over the processes, `tell` returns what the first of them says.
     """
 
     seen: int
     most: int
     held_out: bool
     mean: Callable[[Tensor], None] = alone
+    tell: Callable[[Any], Any] = lambda value: value
 
     def batches(self, samples: int, seqlen: int) -> tuple[list[slice], list[slice]]:
         """The samples of each step of training, as many steps in every process; and of those that judge it."""
@@ -64,6 +65,7 @@ class Block:
     enters_source: Activations
     enters_quantized: Activations
     share: Share
+    watch: Stopwatch  # of what the block's weights share
 
     @property
     def name(self) -> str:
@@ -102,12 +104,14 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     """
     config = plan.config
     run = next(iter(block.stream.runs(block.stack, block.number, block.enters_quantized)))
-    groups = by_input(block.quantized, list(jobs), run)
+    groups = block.share.tell(by_input(block.quantized, list(jobs), run))
     fitted: dict[str, Fitted] = {}
     for layers in groups:
         both: tuple[Inputs, ...] = ()
         if plan.needs_moments:
-            found = moments(block.source, block.quantized, layers[0], block.pairs(), block.share.seen, block.share.mean)
+            with block.watch("text"):
+                share = block.share
+                found = moments(block.source, block.quantized, layers[0], block.pairs(), share.seen, share.mean)
             both = tuple(Inputs(of.gram, of.drift) for of in found)
         for layer in layers:
             W = read_weight(plan, jobs[layer], block.device)[None]
@@ -118,13 +122,14 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
                 weight = _trained(plan, W, made)
                 held_out = both[1] if block.share.held_out else both[0]
                 steps = len(block.share.batches(*block.enters_source.hidden.shape[:2])[0])
-                with torch.enable_grad(), watch("train"):
+                with torch.enable_grad(), block.watch("train"):
                     training = fit_layer(W[0].float(), weight, both[0], held_out, steps, _how(plan))
                 made = weight.decomposition()
             fitted[layer] = Fitted(W, made, watch, training)
             block.put(layer, dequantize(made.quantized) + made.factors.product()[0])
     if config.method == "apiq-bw":
-        _train_block(plan, block, fitted)
+        with block.watch("train"):
+            _train_block(plan, block, fitted)
     for layer in jobs.keys() - fitted.keys():
         W = read_weight(plan, jobs[layer], block.device)[None]
         watch = Stopwatch(W.device)

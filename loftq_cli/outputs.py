@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections import Counter, defaultdict
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
-from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
@@ -124,6 +122,12 @@ class Outputs:
         with self._lock:
             self._pending.written.setdefault(ADAPTER_FILE, []).extend(tensors)
             self._pending.rows.append(row)
+
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Count what stages took that no weight's own result knows of."""
+        with self._lock:
+            for stage, value in seconds.items():
+                self._pending.seconds[stage] += value
 
     def finished(self) -> list[tuple[str, int]]:
         """Modules that are done since the last call, with the bytes of their weights; raises what writing raised."""
@@ -260,12 +264,11 @@ class Outputs:
     def _done(
         self, file: str, written: dict[str, list[str]], rows: list[Any], seconds: dict[str, float], count: int
     ) -> None:
+        self.spent(seconds)
         with self._lock:
             for name, names in written.items():
                 self._pending.written.setdefault(name, []).extend(names)
             self._pending.rows += rows
-            for stage, value in seconds.items():
-                self._pending.seconds[stage] += value
             self._left[file] -= count
             is_last = self._left[file] == 0
         if is_last and self._ranks == 1:
@@ -278,19 +281,3 @@ class Outputs:
         with self._lock:
             self._pending.whole[file] = sha256
         self.commit()
-
-
-def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
-    """Refuse when the file system of `out` lacks room for what is still to be written.
-
-    Raises:
-        LoftqError: with the bytes needed and free.
-    """
-    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise LoftqError(
-            f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
-            "free some space, or choose an OUT on another disk",
-        )

@@ -38,7 +38,7 @@ from loftq_cli.journal import (
 )
 from loftq_cli.lanes import Lanes
 from loftq_cli.lowrank import full_precision
-from loftq_cli.outputs import Outputs, check_disk
+from loftq_cli.outputs import Outputs
 from loftq_cli.plan import (
     ADAPTER_FILE,
     INDEX_FILE,
@@ -52,7 +52,7 @@ from loftq_cli.plan import (
 )
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report, model_card
-from loftq_cli.resume import forget_lost
+from loftq_cli.resume import check_disk, forget_lost
 from loftq_cli.targets import find_targets
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches

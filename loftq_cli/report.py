@@ -23,7 +23,7 @@ from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
 SCHEMA = 2
-STAGES = ("total", "read", "quantize", "low_rank", "write")
+STAGES = ("total", "read", "text", "quantize", "low_rank", "train", "write")  # text: running it through the model
 
 
 def base_fingerprint(files: Mapping[str, str]) -> str:

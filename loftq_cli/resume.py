@@ -1,7 +1,8 @@
-"""What an earlier session left in OUT: what of it counts, and reading it back."""
+"""What an earlier session left in OUT: what of it counts, reading it back, and the room that the rest needs."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from loftq_cli.checkpoint.reader import read_header, read_tensor
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
+from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER, Journal
@@ -67,3 +69,19 @@ def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
 def adapter_names(batch: WeightBatch) -> list[str]:
     """The adapter's tensors for a batch."""
     return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]
+
+
+def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
+    """Refuse when the file system of `out` lacks room for what is still to be written.
+
+    Raises:
+        LoftqError: with the bytes needed and free.
+    """
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise LoftqError(
+            f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
+            "free some space, or choose an OUT on another disk",
+        )

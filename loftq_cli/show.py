@@ -96,7 +96,9 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     if note := report.get("calibration", {}).get("note"):
         output.warning(note)
     seconds = totals["seconds"]
-    stages = ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total")
+    stages = ", ".join(
+        f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total" and seconds[stage]
+    )
     device = f", {size(totals['peak_device_bytes'])} of device memory" if totals["peak_device_bytes"] else ""
     output.result(
         f"{config['method']}, {config['quantizer']}, `{config['format']}`, group {config['group_size']}, "

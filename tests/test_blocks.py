@@ -24,6 +24,7 @@ from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.methods.trained import alone
+from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import state_keys
 from loftq_cli.verify import verify
 from tests.test_eval import save_tokenizer
@@ -174,7 +175,17 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
             tensor[rows] = part
 
     with stream.loaded(stack, 0) as module, torch.no_grad():
-        block = Block(stream, stack, 0, copy.deepcopy(module), module, enters, enters, Share(4, 4, True))
+        block = Block(
+            stream,
+            stack,
+            0,
+            copy.deepcopy(module),
+            module,
+            enters,
+            enters,
+            Share(4, 4, True),
+            Stopwatch(torch.device("cpu")),
+        )
         layers = [name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
         groups = by_input(module, layers, next(stream.runs(stack, 0, enters)))
         assert [sorted(group) for group in groups] == [
