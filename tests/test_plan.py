@@ -171,14 +171,16 @@ def test_a_tensor_of_another_shape_than_the_model_is_not_taken_for_a_weight(tiny
 def test_every_choice_of_the_configuration_is_a_row_of_its_table() -> None:
     from typing import get_args
 
-    from loftq_cli.config import CALIBRATED
+    from loftq_cli.config import CALIBRATED, TRAINED
     from loftq_cli.formats import FORMATS
     from loftq_cli.methods import GRAM_METHODS, METHODS
     from loftq_cli.quantizers import QUANTIZERS
 
     fields = QuantizeConfig.model_fields
-    assert set(get_args(fields["method"].annotation)) == {*METHODS, *GRAM_METHODS}
-    assert set(CALIBRATED) == set(GRAM_METHODS)
+    assert set(get_args(fields["method"].annotation)) == {*METHODS, *GRAM_METHODS, *TRAINED}
+    assert set(CALIBRATED) == {*GRAM_METHODS, *TRAINED}
+    inits = next(arg for arg in get_args(fields["init"].annotation) if arg is not type(None))
+    assert set(get_args(inits)) == {*METHODS, *GRAM_METHODS}
     assert set(get_args(fields["format"].annotation)) == {"auto", *FORMATS}
     quantizers = next(arg for arg in get_args(fields["quantizer"].annotation) if arg is not type(None))
     assert set(get_args(quantizers)) == set(QUANTIZERS)
