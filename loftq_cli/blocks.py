@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq_cli.calibration.activations import available_bytes
+from loftq_cli.calibration.activations import Activations, available_bytes
 from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
 from loftq_cli.finishing import Factors, finish, finished, keep
-from loftq_cli.fitting import Block, Share, fit, micro_batches, read_weight
+from loftq_cli.fitting import STEP_TOKENS, Block, Share, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
@@ -96,7 +96,9 @@ def run_blocks(
     tokens, seen = torch.cat([ours, held_out]), len(ours)
     most, any_held_out = math.ceil(len(calibration.tokens) / ranks.size), len(calibration.held_out) > 0
     share = Share(seen, most, any_held_out, ranks.mean if ranks.size > 1 else alone, ranks.tell)
-    parts = micro_batches(seen, len(tokens), max(1, MICRO_BATCH_TOKENS[device.type] // tokens.shape[1]))
+    step = max(1, STEP_TOKENS // tokens.shape[1])  # samples; a micro-batch holds whole steps of training
+    size = step * max(1, MICRO_BATCH_TOKENS[device.type] // (step * tokens.shape[1]))
+    parts = micro_batches(seen, len(tokens), size)
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
     folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
@@ -105,11 +107,11 @@ def run_blocks(
     put = outputs.put if ranks.rank == 0 else _leave_it
     rewrite = outputs.rewrite if ranks.rank == 0 else _leave_it
 
-    def through(visit: Callable[[Block], BlockRow]) -> tuple[list[BlockRow], dict[str, Tensor]]:
+    def through(visit: Callable[[Block], BlockRow]) -> tuple[list[BlockRow], dict[str, Activations]]:
         """Visit every block between its two streams; return their rows and the ends of the source's stacks."""
         rows = []
-        source_ends: dict[str, Tensor] = {}
-        quantized_ends: dict[str, Tensor] = {}
+        source_ends: dict[str, Activations] = {}
+        quantized_ends: dict[str, Activations] = {}
         for stack in stream.stacks:
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):

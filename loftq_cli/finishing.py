@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.files import write_file
 from loftq_cli.fitting import Share
@@ -50,7 +51,9 @@ def finished(out: Path) -> tuple[Factors, Fit] | None:
     return factors, Fit(**json.loads(metadata["fit"]))
 
 
-def finish(plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Tensor], share: Share) -> tuple[Factors, Fit]:
+def finish(
+    plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Activations], share: Share
+) -> tuple[Factors, Fit]:
     """Train the factors that are in `out`.
 
     Args:

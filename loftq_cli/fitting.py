@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from loftq_cli.calibration.observe import Pair, by_input, moments
 from loftq_cli.calibration.stand_in import Stack
-from loftq_cli.calibration.stream import Activations, BlockStream, Run
+from loftq_cli.calibration.stream import BlockStream, Entering, Run
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import Decomposition, Inputs
@@ -62,8 +62,8 @@ class Block:
     number: int
     source: nn.Module
     quantized: nn.Module
-    enters_source: Activations
-    enters_quantized: Activations
+    enters_source: Entering
+    enters_quantized: Entering
     share: Share
     watch: Stopwatch  # of what the block's weights share
 
@@ -121,7 +121,7 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
             if config.method == "apiq-lw":
                 weight = _trained(plan, W, made)
                 held_out = both[1] if block.share.held_out else both[0]
-                steps = len(block.share.batches(*block.enters_source.hidden.shape[:2])[0])
+                steps = len(block.share.batches(*block.stream.tokens.shape)[0])
                 with torch.enable_grad(), block.watch("train"):
                     training = fit_layer(W[0].float(), weight, both[0], held_out, steps, _how(plan))
                 made = weight.decomposition()
@@ -155,7 +155,7 @@ def _train_block(plan: Plan, block: Block, fitted: dict[str, Fitted]) -> None:
         ours = run(call)
         return ours, [made[run.rows].to(ours.device, non_blocking=True) for made in wanted]
 
-    parts = block.share.batches(*block.enters_source.hidden.shape[:2])
+    parts = block.share.batches(*block.stream.tokens.shape)
     runs = [list(stream.runs(stack, number, block.enters_quantized, rows)) for rows in parts]
     with torch.enable_grad():
         training = fit_block(list(weights.values()), runs[0], outputs, runs[1], _how(plan), block.share.mean)

@@ -387,3 +387,34 @@ def test_any_shape(m: int, n: int, rank: int, group_size: int, bits: int, symmet
     first = ours.group_size if group_size != -1 and ours.group_size < n else n
     assert torch.equal(ours.scale[:, 0], quantizer.quantize(W[:, :first]).scale[:, 0])
     assert (ours.codes == codes).all(1).double().mean() >= 1 - max(2, 0.25 * m) / m
+
+
+def test_a_factor_of_nan_is_no_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuSOLVER was seen to return NaN, and no error, for a Gram that is nearly singular."""
+    gram, honest, calls = correlated(32).float(), torch.linalg.cholesky_ex, [0]
+
+    def lying(H: Tensor) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        factor, info = honest(H)
+        return (torch.full_like(factor, torch.nan) if calls[0] == 1 else factor), torch.zeros_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lying)
+    root = square_root(gram)
+    assert calls[0] == 2
+    torch.testing.assert_close(root @ root.mT, (gram / gram.diagonal().mean()), rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 0.5))
+@settings(max_examples=20, deadline=None)
+def test_the_target_is_the_least_squares_solution(seed: int, drift: float) -> None:
+    """T minimises ‖W x − T x̂‖² + λ ‖T − W‖², by which it stays near W where little is known (normal equations)."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(80, 24, generator=g, dtype=torch.float64) @ torch.randn(24, 24, generator=g, dtype=torch.float64)
+    ours = x + drift * torch.randn(80, 24, generator=g, dtype=torch.float64)
+    W = weight(16, 24, seed)
+    inputs = Inputs((ours.mT @ ours / 80).float(), ((x - ours).mT @ ours / 80).float())
+    T = inputs.target(W[None])[0].double()
+    damping = importlib.import_module("loftq_cli.methods.inputs").DAMPING * float((ours * ours).sum() / 80 / 24)
+    gradient = (T @ ours.mT - W.double() @ x.mT) @ ours / 80 + damping * (T - W.double())
+    assert gradient.norm() < 1e-4 * (W.double() @ x.mT @ ours / 80).norm()
+    assert torch.equal(Inputs(inputs.gram).target(W[None]), W[None])

@@ -5,23 +5,52 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
-def buffer(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None, *, pinned: bool) -> Tensor:
-    """Return an uninitialized tensor on the CPU.
+class Activations:
+    """Hidden states of all samples on the CPU, uninitialized: `activations[rows]` is a view of some.
+
+    In pieces, because pinned memory is given out in powers of two, of which a micro-batch usually is one.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        folder: for a file, which is gone when the tensor is; None for memory.
+        parts: slices of samples that follow each other; whatever is asked for must lie in one of them.
+        shape: of a sample, e.g. [seqlen, hidden_size].
+        dtype: of the hidden states.
+        folder: for files, which are gone when the activations are; None for memory.
         pinned: memory that a GPU reads and writes by itself.
     """
-    if folder is None:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+
+    def __init__(
+        self, parts: Sequence[slice], shape: Sequence[int], dtype: torch.dtype, folder: Path | None, *, pinned: bool
+    ) -> None:
+        self._starts = [part.start for part in parts]
+        self.shape = (parts[-1].stop, *shape)
+        sizes = [(part.stop - part.start, *shape) for part in parts]
+        if folder is None:
+            self._pieces = [torch.empty(size, dtype=dtype, pin_memory=pinned) for size in sizes]
+        else:
+            self._pieces = [_mapped(size, dtype, folder) for size in sizes]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The hidden states of samples, [rows, *shape]."""
+        piece = bisect_right(self._starts, rows.start) - 1
+        start = self._starts[piece]
+        found = self._pieces[piece][rows.start - start : rows.stop - start]
+        assert len(found) == rows.stop - rows.start, "samples of two pieces"
+        return found
+
+    def whole(self) -> Tensor:
+        """A copy in one piece."""
+        return torch.cat(self._pieces)
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)
     os.close(handle)
     try:

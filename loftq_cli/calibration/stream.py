@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq_cli.calibration.activations import buffer
+from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, hidden_of, reached, until_reached
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Checkpoint
@@ -26,15 +26,14 @@ from loftq_cli.errors import LoftqError
 
 
 @dataclass(frozen=True)
-class Activations:
-    """A stream between two blocks.
+class Entering:
+    """What enters a block: `hidden` states; and what came out of finished stacks, by path, e.g. `model.encoder.layers`.
 
-    `hidden` [samples, seqlen, hidden_size] enters the next block; `ends` maps the path of every finished stack, e.g.
-    `model.encoder.layers`, to what came out of it. All on the CPU.
+    Shapes: [samples, seqlen, hidden_size].
     """
 
-    hidden: Tensor
-    ends: dict[str, Tensor]
+    hidden: Activations
+    ends: dict[str, Activations]
 
 
 @dataclass(frozen=True)
@@ -97,20 +96,19 @@ class BlockStream:
         _move_buffers(model, device)
         self.stacks = self._in_order(stacks)
 
-    def begin(self, stack: Stack, ends: dict[str, Tensor]) -> Activations:
+    def begin(self, stack: Stack, ends: dict[str, Activations]) -> Entering:
         """The stream that enters the first block of `stack`, behind stacks with these `ends`."""
-        made: Tensor | None = None
+        made: Activations | None = None
         for rows in self._parts:
             hidden = hidden_of(self._caught(stack, 0, rows, ends))
             made = self.buffer(hidden.shape[1:]) if made is None else made
             made[rows].copy_(hidden, non_blocking=True)
         assert made is not None
-        return Activations(made, ends)
+        return Entering(made, ends)
 
-    def buffer(self, shape: Sequence[int]) -> Tensor:
-        """Room for activations of all samples, [samples, *shape], on the CPU."""
-        pinned = self.device.type == "cuda"
-        return buffer((len(self.tokens), *shape), self.dtype, self._folder, pinned=pinned)
+    def buffer(self, shape: Sequence[int]) -> Activations:
+        """Room for activations of all samples, each of `shape`."""
+        return Activations(self._parts, shape, self.dtype, self._folder, pinned=self.device.type == "cuda")
 
     @contextmanager
     def loaded(self, stack: Stack, number: int) -> Iterator[nn.Module]:
@@ -141,7 +139,7 @@ class BlockStream:
             for block, names in filled:
                 _empty(block, names)
 
-    def said(self, rows: slice, ends: dict[str, Tensor] | None = None) -> Tensor:
+    def said(self, rows: slice, ends: dict[str, Activations] | None = None) -> Tensor:
         """What the model says of samples: logits [samples, tokens, words], or what else comes out first.
 
         With `ends` of all stacks from these, else by what the stand-ins compute.
@@ -173,23 +171,21 @@ class BlockStream:
         _move_buffers(block, self.device)
         return names
 
-    def runs(
-        self, stack: Stack, number: int, stream: Activations, parts: Sequence[slice] | None = None
-    ) -> Iterator[Run]:
+    def runs(self, stack: Stack, number: int, stream: Entering, parts: Sequence[slice] | None = None) -> Iterator[Run]:
         """Every micro-batch of `stream`, or those of `parts`, ready to run through block `number`."""
         for rows in self._parts if parts is None else parts:
             args, kwargs = self._caught(stack, number, rows, stream.ends)
             without = ((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None})
             yield Run(rows, stream.hidden[rows], stack.stand_ins[number], without, self.device, self.dtype)
 
-    def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Activations) -> Tensor:
-        """What `block` makes of `stream`: [samples, seqlen, hidden_size], on the CPU."""
+    def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Entering) -> Activations:
+        """What `block` makes of `stream`: [samples, seqlen, hidden_size]."""
         made = self.buffer(stream.hidden.shape[1:])
         for run in self.runs(stack, number, stream):
             made[run.rows].copy_(run(block), non_blocking=True)
         return made
 
-    def _caught(self, stack: Stack, number: int, rows: slice, ends: dict[str, Tensor]) -> Arguments:
+    def _caught(self, stack: Stack, number: int, rows: slice, ends: dict[str, Activations]) -> Arguments:
         """What the model passes to block `number`; finished stacks give back their own ends."""
         caught: list[Arguments] = []
 

@@ -41,7 +41,7 @@ def square_root(gram: Tensor) -> Tensor:
         noisy = H.clone()
         noisy.diagonal().mul_(1 + noise).add_(torch.finfo(torch.float64).tiny)  # for dead inputs, whose row is zero
         factor, info = torch.linalg.cholesky_ex(noisy)
-        if info == 0:
+        if info == 0 and factor.isfinite().all():  # cuSOLVER has been seen to find no fault with a factor of NaN
             return factor.float()
     return torch.full_like(H, torch.nan, dtype=torch.float32)
 

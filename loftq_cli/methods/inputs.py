@@ -57,9 +57,8 @@ class Inputs:
         H = self.gram.double()
         H.diagonal().add_(DAMPING * H.diagonal().mean())
         factor, info = torch.linalg.cholesky_ex(H)
-        if info != 0:
-            return None
-        return torch.cholesky_solve(self.drift.double().mT, factor).mT.float().contiguous()
+        mending = torch.cholesky_solve(self.drift.double().mT, factor).mT.float().contiguous()
+        return mending if info == 0 and mending.isfinite().all() else None
 
     def target(self, W: Tensor) -> Tensor:
         """Return T, float32 [B, m, n], for `W` of any float dtype."""
