@@ -58,7 +58,7 @@ def test_json_is_one_object_on_stdout(tiny_llama: Path, tmp_path: Path) -> None:
     assert totals["weights"] == len(report["weights"]) == 14
     assert totals["parameters"] == sum(m * n for m, n in (row["shape"] for row in report["weights"]))
     assert 0 < totals["relative_error"] < totals["relative_error_without_adapter"] < 1
-    assert set(totals["seconds"]) == {"total", "read", "quantize", "low_rank", "write"}
+    assert set(totals["seconds"]) == {"total", "read", "text", "quantize", "low_rank", "train", "write"}
     assert set(report["files"]) == {"model.safetensors", "config.json", "loftq_init/adapter_model.safetensors"}
 
     assert json.loads(loftq("verify", "--json", out, "--source", tiny_llama).stdout)["ok"] is True
