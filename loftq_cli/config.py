@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,15 +89,20 @@ class QuantizeConfig(BaseModel):
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
         if (self.method == "cloq" or self.is_trained) and self.default_quantizer() == "nf":
             raise ValueError(f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `nf`")
-        if self.init is not None and not self.is_trained:
-            raise ValueError(f"`init` is where training starts, of {' and '.join(TRAINED)}; not for `{self.method}`")
-        if self.calibration is not None and self.method not in CALIBRATED:
-            raise ValueError(f"`calibration` is for the methods {', '.join(CALIBRATED)}; `{self.method}` sees no text")
+        self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
+        self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
+        self._refuse_idle(("augmented",), ("apiq-bw",))
         if self.double_quant and self.default_quantizer() != "nf":
             raise ValueError("`double_quant` quantizes the scales of `nf`; `uniform` has float16 scales already")
         if self.double_quant and {self.bits, *self.bits_for.values()} != {4}:
             raise ValueError("`double_quant` needs 4 bits throughout: only the `bnb` format stores such scales")
         return self
+
+    def _refuse_idle(self, names: Iterable[str], methods: tuple[str, ...]) -> None:
+        """Refuse options that were given for other methods than this one."""
+        for name in names:
+            if self.method not in methods and getattr(self, name) != QuantizeConfig.model_fields[name].default:
+                raise ValueError(f"`{name}` is for `method` {', '.join(methods)}; `{self.method}` makes nothing of it")
 
     @property
     def is_trained(self) -> bool:

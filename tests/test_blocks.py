@@ -429,8 +429,11 @@ def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) 
         pipeline.quantize(tiny_llama, tmp_path / "a", **options(text, method="qera"))
     with pytest.raises(ConfigError, match="grid of integers"):
         pipeline.quantize(speaking, tmp_path / "b", **options(text, method="cloq", quantizer="nf", bits=4))
-    with pytest.raises(ConfigError, match="sees no text"):
+    with pytest.raises(ConfigError, match="makes nothing of it"):
         pipeline.quantize(speaking, tmp_path / "c", **options(text, method="loftq"))
+    for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):
+        with pytest.raises(ConfigError, match="makes nothing of it"):
+            pipeline.quantize(speaking, tmp_path / "c", bits=2, **{"method": "cloq", **idle})
     with pytest.raises(LoftqError, match="one window of 100000"):
         pipeline.quantize(speaking, tmp_path / "d", **options(text, method="qera", seqlen=100_000))
     assert not any((tmp_path / name).exists() for name in "abcd")
