@@ -8,7 +8,6 @@ earlier ones lost.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor
 from loftq_cli.calibration.activations import Activations, available_bytes
 from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
 from loftq_cli.calibration.stream import BlockStream
-from loftq_cli.calibration.text import Calibration, read_texts, token_batches
+from loftq_cli.calibration.text import Calibration
 from loftq_cli.errors import LoftqError
 from loftq_cli.finishing import Factors, finish, finished, keep
 from loftq_cli.fitting import STEP_TOKENS, Block, Share, fit, micro_batches, read_weight
@@ -33,14 +32,13 @@ from loftq_cli.methods import squared_norm
 from loftq_cli.methods.trained import Fit, alone
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
-from loftq_cli.ranks import Ranks
+from loftq_cli.ranks import Ranks, processes_here
 from loftq_cli.resume import Stored, read_back
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
 
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
-LONGEST_WINDOW = 2048  # tokens, unless more are asked for
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at once
 
 
@@ -48,14 +46,14 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at
 class BlockRow:
     """What the report says of one block: ‖F(X) − F̂(X̂)‖_F / ‖F(X)‖_F of its output, X̂ being what really enters it.
 
-    Without adapter: without those of this block.
+    Without adapter: without those of this block. Of samples held out None where there are none.
     """
 
     name: str
-    output_error: float
-    output_error_without_adapter: float
-    held_out_output_error: float
-    held_out_output_error_without_adapter: float
+    output_error: float | None
+    output_error_without_adapter: float | None
+    held_out_output_error: float | None
+    held_out_output_error_without_adapter: float | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,7 @@ def run_blocks(
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 
+    outputs.drain()  # no shard is renamed while weights of earlier sessions are read back
     trained = finished(outputs.out)
     if trained is not None and missing:
         raise LoftqError(f"files of `{outputs.out}` were lost after its finish", "begin again with `--overwrite`")
@@ -131,15 +130,17 @@ def run_blocks(
         rows, ends = through(lambda block: _quantize(plan, block, missing, outputs.out, put))
         if plan.config.finish_epochs == 0:
             return Measured(rows, None)
+        ends_of_source, ends = ends, {}
         outputs.drain()
         outputs.commit()
         ranks.wait()  # what rank 0 has written is there for all
         watch = Stopwatch(torch.device("cpu"))
         with watch("train"):
-            trained = finish(plan, stream, outputs.out, ends, share)
+            trained = finish(plan, stream, outputs.out, ends_of_source, share)
         outputs.spent(watch.seconds())
         if ranks.rank == 0:
             keep(outputs.out, *trained)
+        del ends_of_source  # as large as a stream
     factors, fit = trained
     rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs.out, rewrite))
     return Measured(rows, fit)
@@ -149,9 +150,10 @@ def _folder_for_activations(plan: Plan, bytes_per_feature: int, out: Path) -> Pa
     """Where activations go if they would take more memory than they may; None where they need not."""
     text = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
     width = next((text[name] for name in ("hidden_size", "d_model", "n_embd") if name in text), LIKELY_WIDTH)
-    streams = 2 + (plan.config.method == "apiq-bw") * (1 + plan.config.augmented)
+    trained = (plan.config.method == "apiq-bw") * (1 + plan.config.augmented)
+    streams = 2 * len(plan.block_paths) + trained  # an encoder's outlive it
     budget = plan.config.activation_budget
-    may = available_bytes() // 2 if budget is None else int(budget * 2**30)
+    may = available_bytes() // (2 * processes_here()) if budget is None else int(budget * 2**30)
     return out / WORK_FOLDER if streams * bytes_per_feature * width > may else None
 
 
@@ -222,57 +224,16 @@ def _measure(
     with block.watch("text"):
         errors = compare(block.source, block.quantized, bases, block.pairs(), share.seen, hand_on, share.mean)
     share.mean(sums)
-    (size, error, alone), (held_size, held_error, held_alone) = sums.tolist()
-    row = BlockRow(
-        block.name,
-        output_error=relative(error, size),
-        output_error_without_adapter=relative(alone, size),
-        held_out_output_error=relative(held_error, held_size),
-        held_out_output_error_without_adapter=relative(held_alone, held_size),
-    )
-    return row, errors
-
-
-def prepare(plan: Plan, ranks: int) -> Calibration:
-    """The token windows that the plan's configuration asks for, by the model's own tokenizer.
-
-    Raises:
-        LoftqError: there is no tokenizer, or too little text; or several processes.
-    """
-    config, checkpoint = plan.config, plan.checkpoint
-    if not plan.block_paths:
+    if not sums.isfinite().all():
+        whose = "quantized" if sums[:, 0].isfinite().all() else "source's"
         raise LoftqError(
-            f"`--method {config.method}` found no transformer blocks in `{checkpoint.model}`",
-            "use a weight-only method, `--method loftq`",
+            f"what leaves the {whose} block `{block.name}` is not finite",
+            "try other text with `--calibration`, or use a weight-only method, `--method loftq`",
         )
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.model, revision=checkpoint.revision, trust_remote_code=config.trust_remote_code
-        )
-    except Exception as error:  # of many kinds, as many as there are tokenizers
-        raise LoftqError(
-            f"`--method {config.method}` needs the tokenizer of `{checkpoint.model}`, which does not load: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            "put its files beside the weights, or use `--method loftq`",
-        ) from error
-    text = checkpoint.config.get("text_config") or checkpoint.config
-    longest = min(LONGEST_WINDOW, text.get("max_position_embeddings") or text.get("n_positions") or LONGEST_WINDOW)
-    calibration = token_batches(
-        read_texts(config.calibration), tokenizer, config.samples, config.seqlen or longest, config.seed
+    seen, held_out = (
+        (relative(error, size), relative(alone, size)) if size else (None, None) for size, error, alone in sums.tolist()
     )
-    if len(calibration.tokens) < ranks:
-        raise LoftqError(f"{ranks} processes have {len(calibration.tokens)} samples to share", "start fewer of them")
-    return calibration
-
-
-def describe(calibration: Calibration) -> dict[str, Any]:
-    """What the report says of the token windows."""
-    sha256 = hashlib.sha256(torch.cat([calibration.tokens, calibration.held_out]).numpy().tobytes()).hexdigest()
-    samples, seqlen = calibration.tokens.shape
-    note = {} if calibration.note is None else {"note": calibration.note}
-    return {"samples": samples, "held_out": len(calibration.held_out), "seqlen": seqlen, "sha256": sha256, **note}
+    return BlockRow(block.name, *seen, *held_out), errors
 
 
 def _stored(result: BatchResult) -> Stored:

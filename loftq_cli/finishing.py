@@ -2,9 +2,9 @@
 
 What every block has kept of its own outputs adds up to less than the whole model could keep: an error that one leaves
 another can take back, and some matter to nobody. Hence a last, short training of the factors alone on what the model
-says, as RILQ (arXiv 2412.01129) does on its last hidden states. Bases stay as they are on disk, from where they are
-unpacked block by block, in forward and again in backward: no second model is in memory, and no activations but those
-between blocks.
+says, as RILQ (arXiv 2412.01129) does on its last hidden states. Bases stay as they are on disk, from where those of a
+large model are read and unpacked block by block, in forward and again in backward: it is never whole in memory, and
+neither are activations but those between blocks.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from loftq_cli.fitting import Share
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightJob
 from loftq_cli.journal import WORK_FOLDER
+from loftq_cli.methods.apiq import relative_error
 from loftq_cli.methods.trained import Fit, Training, train
 from loftq_cli.plan import Plan
 from loftq_cli.resume import read_back
@@ -69,8 +70,8 @@ def finish(
 
     def loss_of(rows: slice) -> Tensor:
         with torch.no_grad():
-            wanted = stream.said(rows, ends)
-        return divergence(stream.said(rows), wanted)
+            wanted, are_logits = stream.said(rows, ends)
+        return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)
 
     with live_blocks(stream, weights), torch.enable_grad():
         how = Training(config.finish_epochs, config.finish_lr, config.finish_lr, 0.0, config.seed)
@@ -92,9 +93,7 @@ def keep(out: Path, made: Factors, fit: Fit) -> None:
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL(theirs ‖ ours) per token of logits [samples, tokens, words]; of anything else the relative squared error."""
-    if ours.ndim != 3 or not ours.is_floating_point():
-        return (ours - theirs).square().sum() / theirs.square().sum()
+    """KL(theirs ‖ ours) of logits [..., words], per token."""
     ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
     return (theirs.exp() * (theirs - ours)).sum(-1).mean()
 
@@ -104,19 +103,17 @@ class _LiveWeight(nn.Module):
 
     def __init__(self, plan: Plan, out: Path, job: WeightJob, stream: BlockStream) -> None:
         super().__init__()
-        base, (lora_A, lora_B) = read_back(plan, out, job)
-        self._plan, self._job, self._dtype = plan, job, stream.dtype
-        self._base = {name: tensor.to(stream.device) for name, tensor in base.items()}
-        self._values = None
-        if plan.parameters * stream.dtype.itemsize <= KEPT_BYTES:
-            self._values, self._base = self._read().to(stream.dtype), {}
+        _, (lora_A, lora_B) = read_back(plan, out, job)
+        self._plan, self._out, self._job, self._stream = plan, out, job, stream
+        kept = plan.parameters * stream.dtype.itemsize <= KEPT_BYTES
+        self._values = self._read().to(stream.dtype) if kept else None
         self.lora_A = nn.Parameter(lora_A.to(stream.device, torch.float32))
         self.lora_B = nn.Parameter(lora_B.to(stream.device, torch.float32))
 
     def forward(self) -> Tensor:
         """Return Ŵ [m, n]."""
         values = self._read() if self._values is None else self._values.float()
-        return torch.addmm(values, self.lora_B, self.lora_A, alpha=self._plan.scaling).to(self._dtype)
+        return torch.addmm(values, self.lora_B, self.lora_A, alpha=self._plan.scaling).to(self._stream.dtype)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """The factors as they will be stored, on the CPU."""
@@ -124,8 +121,10 @@ class _LiveWeight(nn.Module):
         return self.lora_A.detach().to("cpu", dtype), self.lora_B.detach().to("cpu", dtype)
 
     def _read(self) -> Tensor:
+        base, _ = read_back(self._plan, self._out, self._job)
+        there = {name: tensor.to(self._stream.device) for name, tensor in base.items()}
         with torch.no_grad():
-            return self._plan.format.read(self._job.stored_prefix, self._base, self._plan.empty(self._job))
+            return self._plan.format.read(self._job.stored_prefix, there, self._plan.empty(self._job))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from loftq_cli.calibration.observe import Pair, by_input, moments
 from loftq_cli.calibration.stand_in import Stack
-from loftq_cli.calibration.stream import BlockStream, Entering, Run
+from loftq_cli.calibration.stream import BlockStream, Entering
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import Decomposition, Inputs
@@ -103,8 +103,7 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     Layers that nothing reaches, such as experts that no token chose, get a weight-only method.
     """
     config = plan.config
-    run = next(iter(block.stream.runs(block.stack, block.number, block.enters_quantized)))
-    groups = block.share.tell(by_input(block.quantized, list(jobs), run))
+    groups = _groups(block, list(jobs))
     fitted: dict[str, Fitted] = {}
     for layers in groups:
         both: tuple[Inputs, ...] = ()
@@ -120,7 +119,7 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
             training = None
             if config.method == "apiq-lw":
                 weight = _trained(plan, W, made)
-                held_out = both[1] if block.share.held_out else both[0]
+                held_out = both[1] if both[1].gram.any() else both[0]  # a router may have sent nothing of them
                 steps = len(block.share.batches(*block.stream.tokens.shape)[0])
                 with torch.enable_grad(), block.watch("train"):
                     training = fit_layer(W[0].float(), weight, both[0], held_out, steps, _how(plan))
@@ -130,11 +129,30 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     if config.method == "apiq-bw":
         with block.watch("train"):
             _train_block(plan, block, fitted)
-    for layer in jobs.keys() - fitted.keys():
+    for layer in [layer for layer in jobs if layer not in fitted]:
         W = read_weight(plan, jobs[layer], block.device)[None]
         watch = Stopwatch(W.device)
         fitted[layer] = Fitted(W, decompose(plan, WeightBatch((jobs[layer],)), W, None, watch), watch)
     return fitted
+
+
+def _groups(block: Block, layers: list[str]) -> list[list[str]]:
+    """The layers that anything reaches in any process, in the order of their calls, those of one input together."""
+    groups: list[list[str]] = []
+    for run in block.stream.runs(block.stack, block.number, block.enters_quantized):
+        known = {layer for group in groups for layer in group}
+        if len(known) == len(layers):
+            break
+        # what a router left out before comes in groups of its own
+        found = ([layer for layer in group if layer not in known] for group in by_input(block.quantized, layers, run))
+        groups += [group for group in found if group]
+    known = {layer for group in groups for layer in group}
+    reached = torch.tensor([float(layer in known) for layer in layers], device=block.device)
+    block.share.mean(reached)
+    groups = block.share.tell(groups)
+    known = {layer for group in groups for layer in group}
+    elsewhere = [layer for layer, share in zip(layers, reached.tolist(), strict=True) if share and layer not in known]
+    return [*groups, *([layer] for layer in elsewhere)]
 
 
 def _train_block(plan: Plan, block: Block, fitted: dict[str, Fitted]) -> None:
@@ -146,19 +164,18 @@ def _train_block(plan: Plan, block: Block, fitted: dict[str, Fitted]) -> None:
         wanted.append(stream.outputs(stack, number, block.source, block.enters_quantized))
     dtype = next(iter(block.quantized.parameters())).dtype
 
-    def outputs(run: Run) -> tuple[Tensor, list[Tensor]]:
+    def outputs(rows: slice) -> tuple[Tensor, list[Tensor]]:
         values = {f"{layer}.weight": weight().to(dtype) for layer, weight in weights.items()}
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(block.quantized, values, args, kwargs)
 
-        ours = run(call)
-        return ours, [made[run.rows].to(ours.device, non_blocking=True) for made in wanted]
+        ours = stream.run(stack, number, block.enters_quantized, rows)(call)
+        return ours, [made[rows].to(ours.device, non_blocking=True) for made in wanted]
 
-    parts = block.share.batches(*block.stream.tokens.shape)
-    runs = [list(stream.runs(stack, number, block.enters_quantized, rows)) for rows in parts]
+    batches, held_out = block.share.batches(*stream.tokens.shape)
     with torch.enable_grad():
-        training = fit_block(list(weights.values()), runs[0], outputs, runs[1], _how(plan), block.share.mean)
+        training = fit_block(list(weights.values()), batches, outputs, held_out, _how(plan), block.share.mean)
     for layer, weight in weights.items():
         fitted[layer] = Fitted(fitted[layer].W, weight.decomposition(), fitted[layer].watch, training)
 

@@ -16,6 +16,8 @@ from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
 from loftq_cli.targets import FLOATS, Targets
 
+BLOCK = re.compile(r"(.*?\.\d+)\.")  # a module name up to the transformer block that it is in
+
 
 @dataclass(frozen=True)
 class WeightJob:
@@ -57,6 +59,16 @@ class WeightBatch:
     def parameters(self) -> int:
         """Their elements."""
         return len(self.jobs) * math.prod(self.first.shape)
+
+
+def leave_outside_blocks(
+    linears: dict[str, str], skipped: dict[str, str], skipped_linears: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """Move the linears in no block to the skipped: the block loop has nothing that reaches them (see `apply_skips`)."""
+    outside = {tensor: module for tensor, module in linears.items() if not BLOCK.match(module)}
+    inside = {tensor: module for tensor, module in linears.items() if tensor not in outside}
+    reasons = dict.fromkeys(outside, "outside the transformer blocks, which alone a calibrated method runs")
+    return inside, {**skipped, **reasons}, (*skipped_linears, *outside.values())
 
 
 def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:
@@ -116,7 +128,7 @@ def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeC
         info = checkpoint.tensors[tensor]
         m, n = info.shape
         matching = [bits for glob, bits in config.bits_for.items() if fnmatchcase(module, glob)]
-        block = re.match(r"(.*?\.\d+)\.", module)
+        block = BLOCK.match(module)
         assert config.quantizer is not None
         jobs.append(
             WeightJob(

@@ -15,7 +15,7 @@ import torch
 
 from loftq_cli import __version__
 from loftq_cli.batches import compute_batch, load_batch, rehearse
-from loftq_cli.blocks import Measured, describe, prepare, run_blocks
+from loftq_cli.blocks import Measured, run_blocks
 from loftq_cli.calibration.text import Calibration
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
@@ -54,6 +54,7 @@ from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report, model_card
 from loftq_cli.resume import check_disk, forget_lost
 from loftq_cli.targets import find_targets
+from loftq_cli.windows import describe, prepare
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
 FINISHED = -1  # told to the other ranks instead of a journal's number

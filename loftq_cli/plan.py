@@ -20,6 +20,7 @@ from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
     apply_skips,
+    leave_outside_blocks,
     make_batches,
     make_jobs,
     reasons,
@@ -176,6 +177,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
         LoftqError: something in this model does not fit the options; names the tensors and the way out.
     """
     linears, skipped, skipped_linears = apply_skips(targets, config.skip)
+    if config.method in CALIBRATED:
+        linears, skipped, skipped_linears = leave_outside_blocks(linears, skipped, skipped_linears)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()

@@ -127,8 +127,13 @@ def _device_group() -> ProcessGroup | None:
     """What sums on GPUs: NCCL where every process has a GPU of its own; else gloo, by way of main memory."""
     from torch import distributed
 
-    of_its_own = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    of_its_own = torch.cuda.device_count() >= processes_here()
     return distributed.new_group(backend="nccl", timeout=TIMEOUT) if of_its_own else None
+
+
+def processes_here() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if by_torchrun() else 1
 
 
 def _cost(step: Step) -> int:
@@ -138,6 +143,6 @@ def _cost(step: Step) -> int:
 
 def _lost(error: RuntimeError) -> LoftqError:
     return LoftqError(
-        f"another rank of this run has stopped ({str(error).splitlines()[0]})",
+        f"another rank of this run has stopped ({(str(error) or '?').splitlines()[0]})",
         "its own message says why; what is done is kept: start all ranks again with `--resume`",
     )

@@ -244,8 +244,8 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def relative(squared_error: float, squared_reference: float) -> float:
-    """√(squared_error / squared_reference); 0 where both are 0."""
-    return (squared_error / squared_reference) ** 0.5 if squared_error > 0 else 0.0
+    """√(squared_error / squared_reference); 0 where both are 0, NaN where either is."""
+    return (squared_error / squared_reference) ** 0.5 if squared_error != 0 else 0.0
 
 
 def row_dict(row: WeightRow) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from loftq_cli import blocks, fitting, outputs, pipeline
-from loftq_cli.blocks import prepare
 from loftq_cli.calibration.observe import by_input, compare, moments
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
@@ -23,19 +23,20 @@ from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.meta_model import build_to_run
-from loftq_cli.methods.trained import alone
+from loftq_cli.methods.trained import Training, alone, train
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import state_keys
 from loftq_cli.verify import verify
+from loftq_cli.windows import prepare
 from tests.test_eval import save_tokenizer
 from tests.test_ranks import run
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
-SEQ2SEQ = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 160}
+LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64}
+SEQ2SEQ = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
 BART = {
     "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 160, "max_position_embeddings": 64,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 300, "max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES: dict[str, Any] = {
     "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA)), ["model.layers"]),
@@ -49,10 +50,25 @@ FAMILIES: dict[str, Any] = {
         ["model.layers"],
     ),
     "gpt2": (
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=160, n_positions=64)),
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64)),
         ["transformer.h"],
     ),
-    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, vocab_size=160)), ["bert.encoder.layer"]),
+    "deberta": (  # a convolution between its blocks
+        lambda: tf.DebertaV2ForMaskedLM(
+            tf.DebertaV2Config(
+                **SMALL,
+                vocab_size=300,
+                max_position_embeddings=64,
+                conv_kernel_size=3,
+                conv_act="gelu",
+                relative_attention=True,
+                position_buckets=16,
+                pos_att_type=["p2c", "c2p"],
+            )
+        ),
+        ["deberta.encoder.layer"],
+    ),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, vocab_size=300)), ["bert.encoder.layer"]),
     "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**SEQ2SEQ)), ["decoder.block", "encoder.block"]),
     "bart": (
         lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
@@ -104,6 +120,96 @@ def test_streams_are_what_the_whole_model_computes(family: str, tmp_path: Path) 
     for path, hidden in expected.items():
         for one, other in zip(hidden, found[path], strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "bert", "roberta", "t5", "bart"])
+def test_whole_families(family: str, text: Path, tmp_path: Path) -> None:
+    """Closed form, training, finish; and the last block's error is that of what is loaded."""
+    make = {
+        **{name: make for name, (make, _) in FAMILIES.items()},
+        # its positions begin after the index of padding
+        "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**SMALL, vocab_size=300, max_position_embeddings=66)),
+    }[family]
+    torch.manual_seed(0)
+    source = make().eval()
+    folder, out = tmp_path / "model", tmp_path / "out"
+    source.save_pretrained(folder)
+    save_tokenizer(folder)
+    config = options(text, method="apiq-bw", epochs=1, finish_epochs=1, seqlen=None, samples=4)
+    report = pipeline.quantize(folder, out, **config)
+    assert verify(out, str(folder)).violations == ()
+    tokens = prepare(pipeline.plan_quantize(str(folder), pipeline.build_config(config)), 1).tokens
+    assert tokens.shape[1] == (2048 if family == "t5" else 64 if family != "bert" else 512)
+    loaded = type(source).from_pretrained(out, dtype=torch.float32)
+    model = PeftModel.from_pretrained(loaded, out, subfolder="loftq_init").eval()
+    last = report["calibration"]["blocks"][-1]
+    left: list[Tensor] = []
+    both = {"decoder_input_ids": tokens} if source.config.is_encoder_decoder else {}
+    for one in (source, loaded):
+        one.get_submodule(last["name"]).register_forward_hook(
+            lambda _, __, out: left.append(out if isinstance(out, Tensor) else out[0])
+        )
+    with torch.no_grad():
+        source(input_ids=tokens, **both)
+        model(input_ids=tokens, **both)
+    expected = ((left[0] - left[1]).norm() / left[0].norm()).item()
+    assert last["output_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_cannot_be_run_block_by_block_is_refused(text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    albert = tf.AlbertConfig(
+        **{**SMALL, "num_hidden_layers": 4}, vocab_size=300, embedding_size=32, max_position_embeddings=64
+    )
+    tf.AlbertForMaskedLM(albert).save_pretrained(tmp_path / "albert")
+    save_tokenizer(tmp_path / "albert")
+    with pytest.raises(LoftqError, match="more than once"):
+        pipeline.quantize(tmp_path / "albert", tmp_path / "out", **options(text, method="cloq"))
+    experts = tf.Qwen3MoeConfig(**LLAMA, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16)
+    tf.Qwen3MoeForCausalLM(experts).save_pretrained(tmp_path / "experts")
+    save_tokenizer(tmp_path / "experts")
+    with pytest.raises(LoftqError, match="makes it while loading"):
+        pipeline.quantize(tmp_path / "experts", tmp_path / "never", **options(text, method="cloq"))
+    assert not (tmp_path / "never").exists()
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**LLAMA, "vocab_size": 300}))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e25)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e25)
+    model.save_pretrained(tmp_path / "infinite")
+    save_tokenizer(tmp_path / "infinite")
+    with pytest.raises(LoftqError, match=r"source's block `model.layers.1` is not finite"):
+        pipeline.quantize(tmp_path / "infinite", tmp_path / "out", overwrite=True, **options(text, method="qera"))
+
+
+def test_weights_in_no_block_are_left_alone(text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    tf.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    save_tokenizer(tmp_path / "opt")
+    report = pipeline.quantize(tmp_path / "opt", tmp_path / "out", **options(text, method="cloq"))
+    outside = {row["name"] for row in report["skipped"] if row["reason"].startswith("outside the transformer blocks")}
+    assert outside == {"model.decoder.project_in.weight", "model.decoder.project_out.weight"}
+    assert verify(tmp_path / "out", str(tmp_path / "opt")).violations == ()
+
+
+def test_processes_average_each_parameter_with_itself() -> None:
+    """One that has no part in a batch here may have one elsewhere; and a step that is not finite is not taken."""
+    first, second = (torch.nn.Parameter(torch.ones(size)) for size in (3, 2))
+    seen: list[int] = []
+
+    def loss_of(batch: float) -> Tensor:
+        return (second * batch).sum()
+
+    how = Training(epochs=1, factor_lr=0.1, clip_lr=0.1)
+    fit = train([first], [second], [1.0, math.nan, 2.0], [1.0], loss_of, how, lambda t: seen.append(t.numel()))
+    assert torch.equal(first, torch.ones(3))
+    assert (second < 1).all()
+    assert (fit.steps, fit.skipped) == (3, 1)
+    assert fit.after < fit.before == 2.0
+    assert set(seen) == {2, 5}  # what held-out samples say, and all gradients
 
 
 def test_micro_batches_keep_held_out_samples_apart() -> None:

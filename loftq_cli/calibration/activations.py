@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
+import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from loftq_cli.checkpoint.files import allocate
 
 
 class Activations:
@@ -51,12 +53,13 @@ class Activations:
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
-    handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)
-    os.close(handle)
+    path = folder / f"activations-{uuid.uuid4().hex}"
+    # in its full size: a disk that is full when a page is written kills the process without a word
+    allocate(path, math.prod(shape) * dtype.itemsize, folder)
     try:
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     finally:
-        Path(name).unlink()  # what is mapped stays until it is let go
+        path.unlink()  # what is mapped stays until it is let go
 
 
 def available_bytes() -> int:

@@ -53,7 +53,7 @@ def moments(
 ) -> tuple[Moments, Moments]:
     """The moments of what enters `layer`, of the first `seen` samples and of the others, of all processes (`mean`).
 
-    Where the two blocks send other tokens to a layer, as a router may, nothing is known of a drift.
+    Of tokens that a router chose, in each block for itself, nothing is known of a drift.
     """
     weight = block.get_parameter(f"{layer}.weight")
     sums = torch.zeros(2, 2, weight.shape[1], weight.shape[1], device=weight.device)
@@ -66,7 +66,7 @@ def moments(
             continue
         counts[which] += len(ours)
         add_product(sums[which, 0], ours, ours)
-        if x is not None and x.shape == ours.shape:
+        if x is not None and _are_all(x, run) and _are_all(ours, run):
             add_product(sums[which, 1], x - ours, ours)
     mean(sums)
     mean(counts)
@@ -134,7 +134,8 @@ def compare(
     plain = {f"{layer}.weight": base.to(block.get_parameter(f"{layer}.weight").dtype) for layer, base in bases.items()}
     sums = {layer: torch.zeros(2, 3, dtype=torch.float64, device=base.device) for layer, base in bases.items()}
     wanted: dict[str, Tensor] = {}
-    which, column = 0, 0
+    unlike: set[str] = set()  # layers to which a router sends tokens: nothing pairs them
+    which, column, tokens = 0, 0, 0
 
     def add(layer: str, said: Tensor) -> None:
         sums[layer][which, column] += said.float().square().sum(dtype=torch.float64)
@@ -145,15 +146,17 @@ def compare(
         add(layer, said if bias is None else said - bias)
 
     def subtract(layer: str, said: Tensor) -> None:
-        if layer in wanted and wanted[layer].shape == said.shape:  # else a router has sent it other tokens
-            add(layer, wanted[layer] - said)
+        if layer in wanted and all(x.numel() == tokens * x.shape[-1] for x in (wanted[layer], said)):
+            add(layer, wanted[layer].view_as(said) - said)
+        else:
+            unlike.add(layer)
 
     def without_adapter(*args: Any, **kwargs: Any) -> Any:
         return functional_call(block, plain, args, kwargs)
 
     layers = list(bases)
     for source_run, run in pairs:
-        which, column = int(run.rows.start >= seen), 0
+        which, column, tokens = int(run.rows.start >= seen), 0, run.tokens
         wanted.clear()
         with _watching(source, layers, keep, outputs=True):
             whole = source_run(source)
@@ -163,14 +166,20 @@ def compare(
             column = 2
             ours = run(block)
         hand_on(run.rows, whole, ours, alone)
-    for total in sums.values():
+    for layer, total in sums.items():
+        total.masked_fill_(torch.tensor(layer in unlike, device=total.device), torch.nan)  # for all processes
         mean(total)
     return {layer: (_errors(total[0]), _errors(total[1])) for layer, total in sums.items()}
 
 
+def _are_all(x: Tensor, run: Run) -> bool:
+    """Whether [tokens, n] are all tokens of the micro-batch, in order, and not a router's choice of them."""
+    return len(x) == run.tokens
+
+
 def _errors(sums: Tensor) -> OutputErrors | None:
     size, without, repaired = sums.tolist()
-    return OutputErrors((without / size) ** 0.5, (repaired / size) ** 0.5) if size else None
+    return OutputErrors((without / size) ** 0.5, (repaired / size) ** 0.5) if size > 0 else None  # it may be NaN
 
 
 @contextmanager

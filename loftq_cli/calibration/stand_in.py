@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loftq_cli.errors import LoftqError
@@ -25,6 +26,21 @@ def reached() -> None:
 def until_reached() -> suppress:
     """A context that ends where `reached` is called."""
     return suppress(_ReachedError)
+
+
+@contextmanager
+def calling(what: str) -> Iterator[None]:
+    """Inside, whatever a model raises becomes a refusal: it is as much as is known of why it cannot be run."""
+    try:
+        yield
+    except (LoftqError, _ReachedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = (str(error) or "?").splitlines()[0]
+        raise LoftqError(
+            f"{what} cannot be run on text by itself: {type(error).__name__}: {told}",
+            "use a weight-only method, `--method loftq`",
+        ) from error
 
 
 class Stack:
@@ -47,7 +63,7 @@ class StandIn(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a child: the model must not see its parameters
-        self.catch: Callable[[Arguments], None] | None = None
+        self.catch: Callable[[Arguments], None] | None = None  # told of every call
         self.replay: Tensor | None = None
         self.compute: Callable[..., Any] | None = None
         self.idle = False  # do not compute

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq_cli.calibration.activations import Activations
-from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, hidden_of, reached, until_reached
+from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, calling, hidden_of, reached, until_reached
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
@@ -38,24 +38,19 @@ class Entering:
 
 @dataclass(frozen=True)
 class Run:
-    """A micro-batch on its way through a block: which samples, their hidden states, and what else the model passes."""
+    """A micro-batch about to enter a block: which samples, of how many tokens in all, and what the model passes."""
 
     rows: slice
-    hidden: Tensor
+    tokens: int
+    name: str
     stand_in: StandIn
     arguments: Arguments
-    device: torch.device
-    dtype: torch.dtype
 
     def __call__(self, block: Callable[..., Any]) -> Tensor:
-        """Run `block` on its device and return its hidden states there."""
-        args, kwargs = _moved(self.arguments, self.device, self.dtype)
-        hidden = self.hidden.to(self.device, non_blocking=True)
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs = {**kwargs, "hidden_states": hidden}
-        out = block(*args, **kwargs)
+        """Run `block` and return its hidden states."""
+        args, kwargs = self.arguments
+        with calling(f"the block `{self.name}`"):
+            out = block(*args, **kwargs)
         if isinstance(out, Tensor):
             return out
         # T5's first block, for one, hands its position bias to the others
@@ -63,6 +58,28 @@ class Run:
         hidden = out[0]
         assert isinstance(hidden, Tensor)
         return hidden
+
+
+def refuse_unreadable(model: Any, names: dict[str, str], paths: Sequence[str]) -> None:
+    """Refuse blocks of which a parameter is in the files under no name of its own, or is changed on loading.
+
+    Args:
+        model: from `build_to_run`.
+        names: tensor name → key in the model's state dict, from `state_keys`.
+        paths: of the stacks.
+    """
+    there = {*names.values(), *_ties(model)}
+    for path in paths:
+        for name, _ in model.get_submodule(path).named_parameters(remove_duplicate=False):
+            if f"{path}.{name}" not in there:
+                raise LoftqError(
+                    f"`{path}.{name}` is in no file as it stands: transformers makes it while loading",
+                    "calibrated methods cannot run this model yet: use `--method loftq`",
+                )
+
+
+def _ties(model: Any) -> dict[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 class BlockStream:
@@ -87,20 +104,22 @@ class BlockStream:
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.tokens, self._parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
-        self._ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        model.config.use_cache = False
+        self._ties = _ties(model)
+        for module in model.modules():  # a T5's decoder has a configuration of its own
+            if getattr(getattr(module, "config", None), "use_cache", None):
+                module.config.use_cache = False
         stacks = [Stack(model, path) for path in paths]
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
             with suppress(KeyError):  # such as a head that is not in the file; nothing here gets so far
                 _set(model, name, self._read(name).to(device, dtype))
-        _move_buffers(model, device)
+        self._fill_buffers(model, "")
         self.stacks = self._in_order(stacks)
 
     def begin(self, stack: Stack, ends: dict[str, Activations]) -> Entering:
         """The stream that enters the first block of `stack`, behind stacks with these `ends`."""
         made: Activations | None = None
         for rows in self._parts:
-            hidden = hidden_of(self._caught(stack, 0, rows, ends))
+            hidden = hidden_of(self._caught(stack, 0, rows, None, ends))
             made = self.buffer(hidden.shape[1:]) if made is None else made
             made[rows].copy_(hidden, non_blocking=True)
         assert made is not None
@@ -112,11 +131,7 @@ class BlockStream:
 
     @contextmanager
     def loaded(self, stack: Stack, number: int) -> Iterator[nn.Module]:
-        """A block with its parameters and buffers on the device, from the files; its parameters go afterwards.
-
-        Raises:
-            LoftqError: a parameter is in the files under no name of its own, or transformers changes it on loading.
-        """
+        """A block with its parameters and buffers on the device, from the files; its parameters go afterwards."""
         block = stack.blocks[number]
         names = self._fill(block, f"{stack.path}.{number}")
         try:
@@ -139,8 +154,8 @@ class BlockStream:
             for block, names in filled:
                 _empty(block, names)
 
-    def said(self, rows: slice, ends: dict[str, Activations] | None = None) -> Tensor:
-        """What the model says of samples: logits [samples, tokens, words], or what else comes out first.
+    def said(self, rows: slice, ends: dict[str, Activations] | None = None) -> tuple[Tensor, bool]:
+        """What the model says of samples: logits, e.g. [samples, tokens, words], or what comes out first; and which.
 
         With `ends` of all stacks from these, else by what the stand-ins compute.
         """
@@ -149,9 +164,9 @@ class BlockStream:
             for stand_in in stack.stand_ins:
                 stand_in.idle = ends is not None
         out = self._model(**self._inputs(self.tokens[rows]))
-        made = out.get("logits", out[0])
-        assert isinstance(made, Tensor)
-        return made
+        for stack in self.stacks:
+            stack.stand_ins[-1].replay = None
+        return (out["logits"], True) if "logits" in out else (out[0], False)
 
     def _fill(self, block: nn.Module, prefix: str, without: Container[str] = ()) -> list[str]:
         """Fill in a block's parameters, but for the weights of modules in `without`; return their names."""
@@ -160,23 +175,29 @@ class BlockStream:
             key = f"{prefix}.{name}"
             if key.endswith(".weight") and key.removesuffix(".weight") in without:
                 continue
-            try:
-                _set(block, name, self._read(key).to(self.device, self.dtype))
-            except KeyError:
-                raise LoftqError(
-                    f"`{key}` is in no file as it stands: transformers makes it while loading",
-                    "calibrated methods cannot run this model yet: use `--method loftq`",
-                ) from None
+            _set(block, name, self._read(key).to(self.device, self.dtype))
             names.append(name)
-        _move_buffers(block, self.device)
+        self._fill_buffers(block, f"{prefix}.")
         return names
 
-    def runs(self, stack: Stack, number: int, stream: Entering, parts: Sequence[slice] | None = None) -> Iterator[Run]:
-        """Every micro-batch of `stream`, or those of `parts`, ready to run through block `number`."""
-        for rows in self._parts if parts is None else parts:
-            args, kwargs = self._caught(stack, number, rows, stream.ends)
-            without = ((None, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": None})
-            yield Run(rows, stream.hidden[rows], stack.stand_ins[number], without, self.device, self.dtype)
+    def _fill_buffers(self, module: nn.Module, prefix: str) -> None:
+        """Bring a module's buffers to the device, and those that the files have as the files have them."""
+        for path, child in module.named_modules():
+            for name, buffer in list(child._buffers.items()):
+                key = prefix + (f"{path}.{name}" if path else name)
+                if buffer is not None:
+                    stored = self._read(key).to(buffer.dtype) if key in self._tensor_of else buffer
+                    child._buffers[name] = stored.to(self.device)
+
+    def run(self, stack: Stack, number: int, stream: Entering, rows: slice) -> Run:
+        """Samples of `stream`, ready to run through block `number`."""
+        arguments = self._caught(stack, number, rows, stream.hidden if number > 0 else None, stream.ends)
+        tokens = (rows.stop - rows.start) * self.tokens.shape[1]
+        return Run(rows, tokens, f"{stack.path}.{number}", stack.stand_ins[number], arguments)
+
+    def runs(self, stack: Stack, number: int, stream: Entering) -> Iterator[Run]:
+        """Every micro-batch of `stream`."""
+        return (self.run(stack, number, stream, rows) for rows in self._parts)
 
     def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Entering) -> Activations:
         """What `block` makes of `stream`: [samples, seqlen, hidden_size]."""
@@ -185,20 +206,32 @@ class BlockStream:
             made[run.rows].copy_(run(block), non_blocking=True)
         return made
 
-    def _caught(self, stack: Stack, number: int, rows: slice, ends: dict[str, Activations]) -> Arguments:
-        """What the model passes to block `number`; finished stacks give back their own ends."""
+    def _caught(
+        self, stack: Stack, number: int, rows: slice, hidden: Activations | None, ends: dict[str, Activations]
+    ) -> Arguments:
+        """What the model passes to block `number` when `hidden` leaves the block before it.
+
+        Finished stacks give back their own ends. What a model does between blocks is done.
+        """
         caught: list[Arguments] = []
 
         def catch(arguments: Arguments) -> None:
             caught.append(arguments)
             reached()
 
-        for other in self.stacks:
-            other.stand_ins[-1].replay = ends[other.path][rows].to(self.device) if other.path in ends else None
+        replays = {other.stand_ins[-1]: ends[other.path] for other in self.stacks if other.path in ends}
+        if hidden is not None:
+            replays[stack.stand_ins[number - 1]] = hidden
+        for stand_in, activations in replays.items():
+            stand_in.replay = activations[rows].to(self.device, non_blocking=True)
         stack.stand_ins[number].catch = catch
-        with until_reached(), torch.no_grad():
-            self._model(**self._inputs(self.tokens[rows]))
-        stack.stand_ins[number].catch = None
+        try:
+            with until_reached(), calling(f"the model around `{stack.path}`"), torch.no_grad():
+                self._model(**self._inputs(self.tokens[rows]))
+        finally:
+            stack.stand_ins[number].catch = None
+            for stand_in in replays:
+                stand_in.replay = None
         if not caught:
             raise LoftqError(
                 f"the model does not call its blocks `{stack.path}` for text",
@@ -211,14 +244,26 @@ class BlockStream:
         return {"input_ids": tokens, **({"decoder_input_ids": tokens} if both else {})}
 
     def _in_order(self, stacks: list[Stack]) -> list[Stack]:
-        """The stacks as the model calls them: an encoder before the decoder that attends to it."""
-        called: list[Stack] = []
-        for stack in stacks:
-            stack.stand_ins[0].catch = lambda _, stack=stack: called.append(stack)
+        """The stacks as the model calls them: an encoder before the decoder that attends to it.
+
+        Raises:
+            LoftqError: a block is called more than once, as ALBERT does: it has no input of its own.
+        """
+        calls: list[StandIn] = []
+        stand_ins = {stand_in: stack for stack in stacks for stand_in in stack.stand_ins}
+        for stand_in in stand_ins:
+            stand_in.catch = lambda _, stand_in=stand_in: calls.append(stand_in)
         with suppress(Exception), torch.no_grad():  # what a block returns is not known yet, and there may be no head
             self._model(**self._inputs(self.tokens[:1]))
-        for stack in stacks:
-            stack.stand_ins[0].catch = None
+        for stand_in in stand_ins:
+            stand_in.catch = None
+        if len(set(calls)) < len(calls):
+            repeated = next(stand_in for stand_in in calls if calls.count(stand_in) > 1)
+            raise LoftqError(
+                f"the blocks `{stand_ins[repeated].path}` are called more than once each",
+                "use a weight-only method, `--method loftq`",
+            )
+        called = list(dict.fromkeys(stand_ins[stand_in] for stand_in in calls))
         return called + [stack for stack in stacks if stack not in called]
 
     def _read(self, key: str) -> Tensor:
@@ -235,19 +280,3 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
 def _empty(block: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         _set(block, name, torch.empty_like(block.get_parameter(name), device="meta"))
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for child in module.modules():
-        child._buffers.update({name: b.to(device) for name, b in child._buffers.items() if b is not None})
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The same structure with its tensors on `device`, those of floats in `dtype`."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device, dtype) for part in value)
-    if isinstance(value, dict):
-        return {key: _moved(part, device, dtype) for key, part in value.items()}
-    return value

@@ -137,7 +137,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Fit:
-    """How it went: the loss on held-out samples before and after, steps, and those skipped for a loss not finite."""
+    """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite."""
 
     before: float
     after: float
@@ -167,7 +167,7 @@ def train(
         grids: what trains at the other.
         batches: what `loss_of` takes; as many in every process.
         held_out: those that decide.
-        loss_of: the loss of a batch, differentiable; where it is not finite the step is skipped.
+        loss_of: the loss of a batch, differentiable; where its gradients are not finite the step is skipped.
         how: see `Training`.
         mean: replaces a tensor by its mean over all processes that train together.
     """
@@ -183,7 +183,6 @@ def train(
     # it skips the step of gradients that are not finite without waiting for the device to say so
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
     generator = torch.Generator().manual_seed(how.seed)
-    skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def judge() -> Tensor:
         with torch.no_grad():
@@ -192,21 +191,21 @@ def train(
             mean(total)
             return (total[0] / total[1]).nan_to_num(math.inf, math.inf, math.inf)
 
-    def share_gradients(loss: Tensor) -> Tensor:
-        """Make gradients and loss their means over the processes."""
+    def share_gradients() -> None:
+        """Make gradients their means over the processes."""
         if mean is alone:
-            return loss
-        parts = [loss.detach().float().view(1), *(p.grad.flatten() for p in parameters if p.grad is not None)]
-        flat = torch.cat(parts)
+            return
+        for parameter in parameters:  # a weight may have had no part in this batch, and one in another process
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         mean(flat)
-        for part, shared in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(shared)
-        return flat[0]
+        for parameter, shared in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = shared.view_as(parameter)
 
     def step(batch: Batch) -> None:
         loss = loss_of(batch)
         scaler.scale(loss).backward()
-        skipped.add_(~share_gradients(loss).isfinite())
+        share_gradients()
         scaler.step(optimizer)
         scaler.update(1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -226,7 +225,8 @@ def train(
     with torch.no_grad():
         for kept, parameter in zip(best, parameters, strict=True):
             parameter.copy_(kept)
-    return Fit(first.item(), least.item(), steps, int(skipped))
+    taken = max(int(state["step"]) for state in optimizer.state.values())
+    return Fit(first.item(), least.item(), steps, steps - taken)
 
 
 @contextmanager
