@@ -90,6 +90,7 @@ def quantize(
     epochs: options.Epochs = None,
     factor_lr: options.FactorLr = None,
     clip_lr: options.ClipLr = None,
+    code_lr: options.CodeLr = None,
     augmented: options.Augmented = None,
     finish_epochs: options.FinishEpochs = None,
     finish_lr: options.FinishLr = None,
@@ -111,7 +112,7 @@ def quantize(
         "skip": tuple(skip) if skip else None, "bits_for": bits_for or None, "method": method,
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
-        "factor_lr": factor_lr, "clip_lr": clip_lr, "augmented": augmented,
+        "factor_lr": factor_lr, "clip_lr": clip_lr, "code_lr": code_lr, "augmented": augmented,
         "finish_epochs": finish_epochs, "finish_lr": finish_lr, "activation_budget": activation_budget,
         "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
     }  # fmt: skip

@@ -68,6 +68,7 @@ class QuantizeConfig(BaseModel):
     epochs: int | None = Field(default=None, ge=1)
     factor_lr: float = Field(default=5e-4, gt=0)
     clip_lr: float = Field(default=5e-3, gt=0)
+    code_lr: float = Field(default=1e-3, ge=0)
     augmented: bool = False
     finish_epochs: int = Field(default=0, ge=0)
     finish_lr: float = Field(default=2e-4, gt=0)
@@ -91,7 +92,7 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `nf`")
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
-        self._refuse_idle(("augmented",), ("apiq-bw",))
+        self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
         if self.double_quant and self.default_quantizer() != "nf":
             raise ValueError("`double_quant` quantizes the scales of `nf`; `uniform` has float16 scales already")
         if self.double_quant and {self.bits, *self.bits_for.values()} != {4}:

@@ -74,9 +74,9 @@ def finish(
         return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)
 
     with live_blocks(stream, weights), torch.enable_grad():
-        how = Training(config.finish_epochs, config.finish_lr, config.finish_lr, 0.0, config.seed)
+        how = Training(config.finish_epochs, config.finish_lr, seed=config.seed)
         factors = [factor for weight in weights.values() for factor in weight.parameters()]
-        fit = train(factors, [], batches, held_out, loss_of, how, share.mean)
+        fit = train([(factors, how.factor_lr)], batches, held_out, loss_of, how, share.mean)
     made = {module: weight.stored() for module, weight in weights.items()}
     return made, fit
 

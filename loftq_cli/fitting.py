@@ -187,7 +187,10 @@ def micro_batches(seen: int, total: int, size: int) -> list[slice]:
 
 
 def _trained(plan: Plan, W: Tensor, made: Decomposition) -> TrainedWeight:
-    return TrainedWeight(W[0], made, plan.scaling, clip=plan.config.init == "qlora")
+    clip = plan.config.init == "qlora"
+    # for a layer alone, error feedback has found better codes than steps along a gradient do
+    codes = plan.config.method == "apiq-bw" and plan.config.code_lr > 0 and not clip
+    return TrainedWeight(W[0], made, plan.scaling, clip=clip, codes=codes)
 
 
 def _how(plan: Plan) -> Training:
@@ -195,7 +198,7 @@ def _how(plan: Plan) -> Training:
     assert config.epochs is not None, "a plan has decided it"
     # decay is ApiQ's; where training starts from a good place, what pulls to zero pulls away from it
     decay = 0.1 if config.init == "qlora" else 0.0
-    return Training(config.epochs, config.factor_lr, config.clip_lr, decay, config.seed)
+    return Training(config.epochs, config.factor_lr, config.clip_lr, config.code_lr, decay, config.seed)
 
 
 def read_weight(plan: Plan, job: WeightJob, device: torch.device) -> Tensor:

@@ -111,6 +111,13 @@ ClipLr = Annotated[
     float | None,
     typer.Option(help="Of its clip factors, or scales. \\[default: 5e-3]", rich_help_panel=CALIBRATION),
 ]
+CodeLr = Annotated[
+    float | None,
+    typer.Option(
+        help="apiq-bw: of the codes, in steps of the grid; 0 leaves them as the start has them. \\[default: 1e-3]",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Augmented = Annotated[
     bool | None,
     typer.Option(

@@ -27,7 +27,7 @@ def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs
         how: see `Training`.
     """
     losses = [_quadratic(W, moments) for moments in (inputs, held_out)]
-    return train(*_parameters([weight]), [0] * steps, [1], lambda which: losses[which](weight()), how)
+    return train(_groups([weight], how), [0] * steps, [1], lambda which: losses[which](weight()), how)
 
 
 def _quadratic(W: Tensor, inputs: Inputs) -> Callable[[Tensor], Tensor]:
@@ -68,12 +68,15 @@ def fit_block(
         ours, wanted = outputs(batch)
         return torch.stack([relative_error(ours, theirs) for theirs in wanted]).sum()
 
-    return train(*_parameters(weights), batches, held_out, loss, how, mean)
+    return train(_groups(weights, how), batches, held_out, loss, how, mean)
 
 
-def _parameters(weights: Sequence[TrainedWeight]) -> tuple[list[Tensor], list[Tensor]]:
-    factors: list[Tensor] = [factor for weight in weights for factor in (weight.lora_A, weight.lora_B)]
-    return factors, [weight.grid for weight in weights]
+def _groups(weights: Sequence[TrainedWeight], how: Training) -> list[tuple[list[Tensor], float]]:
+    return [
+        ([factor for weight in weights for factor in (weight.lora_A, weight.lora_B)], how.factor_lr),
+        ([weight.grid for weight in weights], how.clip_lr),
+        ([weight.codes for weight in weights if weight.codes is not None], how.code_lr),
+    ]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

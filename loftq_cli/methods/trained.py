@@ -22,6 +22,7 @@ from loftq_cli.methods.base import Decomposition
 
 CLIP_START = 4.0  # of ApiQ's clip factors before the sigmoid: 0.982 of a group's range
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
+NEAREST = 0.49  # steps from a code: nearer to no other
 
 Batch = TypeVar("Batch")
 
@@ -29,22 +30,27 @@ Batch = TypeVar("Batch")
 class TrainedWeight(nn.Module):
     """Ŵ = dequantize(Q) + scaling · lora_B @ lora_A, differentiable in the factors and in what makes Q.
 
-    Either the codes stay and the scales train (each times the exponential of a number that starts at 0); or, with
-    `clip`, ApiQ's learnable clipping (arXiv 2402.05147; it is OmniQuant's, arXiv 2308.13137): a group's range, shrunk
-    by sigmoids of two trained numbers, decides scale, zero point and codes anew in each step, with gradients passed
-    straight through the rounding. A symmetric grid has no two ends: there its scale trains, and decides the codes.
+    Without `clip` a group's scale trains, as its start times the exponential of a number that starts at 0. With
+    `codes`, so do the codes: each is a real number, in steps of the grid, that is rounded to make Q (as the weights
+    themselves in EfficientQAT, arXiv 2407.11062). It starts where the weight without its adapter lies between two
+    codes, and moves freely from there.
 
-    Scales are rounded to float16 and values to the dtype of the loaded model in every step: what trains is what will
-    be stored.
+    With `clip` it is ApiQ's learnable clipping (arXiv 2402.05147; it is OmniQuant's, arXiv 2308.13137): a group's
+    range, shrunk by sigmoids of two trained numbers, decides scale, zero point and codes anew in each step. A symmetric
+    grid has no two ends: there its scale trains, and decides the codes.
+
+    Gradients pass straight through rounding. Scales are rounded to float16 and values to the dtype of the loaded model
+    in every step: what trains is what will be stored.
 
     Args:
         W: the weight that is quantized, float [m, n].
         start: its decomposition, of this one weight.
         scaling: LoRA's; factors train as they are stored, as in ApiQ, and in fine-tuning later on.
         clip: see above.
+        codes: see above; not with `clip`.
     """
 
-    def __init__(self, W: Tensor, start: Decomposition, scaling: float, *, clip: bool) -> None:
+    def __init__(self, W: Tensor, start: Decomposition, scaling: float, *, clip: bool, codes: bool) -> None:
         super().__init__()
         q = start.quantized
         assert q.zero_point is not None
@@ -54,12 +60,16 @@ class TrainedWeight(nn.Module):
         self._zero_point = q.zero_point.float()
         self.lora_A = nn.Parameter(start.factors.lora_A[0].clone())
         self.lora_B = nn.Parameter(start.factors.lora_B[0] / scaling)
-        if not clip:
-            # bfloat16 holds integers up to 256
-            self._centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
-        else:
+        self.codes: nn.Parameter | None = None
+        if clip:
             self._values = self._grouped(W.float())
             self._low, self._high = self._values.amin(2), self._values.amax(2)
+        else:
+            # bfloat16 holds integers up to 256
+            self._centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
+            if codes:
+                steps = self._grouped(W.float() - start.factors.product()[0]) / q.scale.float()[..., None]
+                self.codes = nn.Parameter(self._centred + (steps - self._centred).clamp(-NEAREST, NEAREST))
         ends = 2 if clip and not q.symmetric else 1
         begin = CLIP_START if ends == 2 else 0.0
         self.grid = nn.Parameter(torch.full((ends, *q.scale.shape), begin, device=W.device))
@@ -71,7 +81,7 @@ class TrainedWeight(nn.Module):
     def base(self) -> Tensor:
         """Return dequantize(Q), float32 [m, n]."""
         if not self._clip:
-            values = self._centred * self._scale()[..., None]
+            values = self._rounded() * self._scale()[..., None]
         else:
             codes, scale, zero_point = self._coded()
             values = (codes - zero_point[..., None]) * scale[..., None]
@@ -91,7 +101,8 @@ class TrainedWeight(nn.Module):
                     scale=scale.half(),
                 )
             else:
-                q = replace(q, scale=self._scale().half())
+                codes = (self._rounded() + self._zero_point[..., None]).flatten(1)[:, : q.shape[1]]
+                q = replace(q, scale=self._scale().half(), codes=codes.to(torch.uint8).contiguous())
             lora_A, lora_B = self.lora_A.detach()[None], self.lora_B.detach()[None] * self._scaling
             energy = torch.bmm(lora_B.mT, lora_B).double().mul_(torch.bmm(lora_A, lora_A.mT)).sum((1, 2))
             factors = LowRankFactors(lora_A, lora_B, energy)
@@ -102,6 +113,13 @@ class TrainedWeight(nn.Module):
 
     def _scale(self) -> Tensor:
         return _through(self._start.quantized.scale.float() * self.grid[0].exp(), _half)
+
+    def _rounded(self) -> Tensor:
+        """Codes minus zero point, [m, G, g]."""
+        if self.codes is None:
+            return self._centred
+        least = -self._zero_point[..., None]
+        return torch.minimum(torch.maximum(_through(self.codes, torch.round), least), least + self._top)
 
     def _coded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [m, G, g], scale and zero point [m, G]: all float32, integers where they must be."""
@@ -126,11 +144,12 @@ def _through(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: passes over the batches, and AdamW's rates for factors and for clip factors or scales."""
+    """How to train: passes over the batches, and AdamW's rates for factors, for clip factors or scales, for codes."""
 
     epochs: int
     factor_lr: float
-    clip_lr: float
+    clip_lr: float = 0.0
+    code_lr: float = 0.0
     weight_decay: float = 0.0
     seed: int = 0
 
@@ -150,8 +169,7 @@ def alone(tensor: Tensor) -> None:
 
 
 def train(
-    factors: Sequence[Tensor],
-    grids: Sequence[Tensor],
+    groups: Sequence[tuple[Sequence[Tensor], float]],
     batches: Sequence[Batch],
     held_out: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
@@ -163,18 +181,17 @@ def train(
     That may be the state at the start. Rates fall to zero along a cosine.
 
     Args:
-        factors: what trains at one rate.
-        grids: what trains at the other.
+        groups: what trains, and at which rate.
         batches: what `loss_of` takes; as many in every process.
         held_out: those that decide.
         loss_of: the loss of a batch, differentiable; where its gradients are not finite the step is skipped.
-        how: see `Training`.
+        how: see `Training`; its rates are in `groups`.
         mean: replaces a tensor by its mean over all processes that train together.
     """
-    parameters = [*factors, *grids]
+    parameters = [parameter for group, _ in groups for parameter in group]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
-        [{"params": factors, "lr": how.factor_lr}, {"params": grids, "lr": how.clip_lr}],
+        [{"params": list(group), "lr": rate} for group, rate in groups if group],
         weight_decay=how.weight_decay,
         fused=True,
     )
