@@ -43,6 +43,8 @@ CASES = [
     (NormalFloat(4, 64, F16), (1, 129, 256), 0, F16),
     (NormalFloat(4, 64, F16, double_quant=True), (1, 65, 256), 16, BF16),
     (NormalFloat(4, 16), (1, 300, 64), 1, F32),
+    (NormalFloat(2, 64, BF16, scale_dtype=F16), (2, 129, 256), 16, BF16),
+    (NormalFloat(3, 32, F32, scale_dtype=F16), (1, 33, 96), 0, F32),
     (NormalFloat(2, -1), (1, 3, 100), 2, F32),
 ]
 

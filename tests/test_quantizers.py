@@ -30,14 +30,17 @@ from loftq_cli.quantizers import (
     unstack,
 )
 from loftq_cli.quantizers import base as base_module
+from loftq_cli.quantizers import codebook as codebook_module
 from loftq_cli.quantizers import normal_float as normal_float_module
 from loftq_cli.quantizers import uniform as uniform_module
-from loftq_cli.quantizers.normal_float import construct_codebook, dynamic_codebook, normal_float_codebook
+from loftq_cli.quantizers.nested import dynamic_codebook
+from loftq_cli.quantizers.normal_float import construct_codebook, normal_float_codebook
 
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_golden.py")))
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "algorithms.json").read_text())
 
 SHAPES = [(1, 1), (3, 5), (5, 1), (1, 200), (7, 130), (64, 64), (96, 257), (33, 512)]
+GRIDS = ("uniform", "uniform-symmetric")
 EVERY = [(name, bits) for name, row in QUANTIZERS.items() for bits in row.supported_bits]
 UNIFORM = [(row, bits) for row in (Uniform, UniformSymmetric) for bits in row.supported_bits]
 
@@ -67,7 +70,7 @@ def test_result_has_the_promised_shapes_dtypes_and_ranges(name: str, bits: int, 
         {"group_size": 64},
         {"group_size": 32, "dtype": torch.bfloat16},
         {"group_size": -1, "dtype": torch.float16},
-        *([{"group_size": 64, "double_quant": True}] if name == "nf" else []),
+        *([{"group_size": 64, "double_quant": True}] if name not in GRIDS else []),
     ):
         quantizer = QUANTIZERS[name](bits=bits, **options)
         W = weight(*shape)
@@ -96,6 +99,14 @@ def test_result_has_the_promised_shapes_dtypes_and_ranges(name: str, bits: int, 
             assert q.zero_point is None
             assert torch.equal(q.codebook, normal_float_codebook(bits))
             assert not q.symmetric
+        elif name not in GRIDS:
+            assert q.scale.dtype == (torch.float16 if q.nested is None else torch.float32)
+            assert q.scale.shape == (shape[0], groups)
+            assert q.zero_point is None
+            assert q.codebook is not None
+            assert len(q.codebook) == 2**bits
+            assert (q.codebook.diff() >= 0).all()
+            assert q.codebook.abs().max() == 1
         else:
             assert q.scale.dtype == torch.float16
             assert q.scale.shape == q.zero_point.shape == (shape[0], groups)
@@ -128,7 +139,7 @@ def test_layout_dtype_and_chunks_of_the_source_do_not_matter(
     quantizer = QUANTIZERS[name](bits=bits, group_size=64)
     W = weight(96, 257).bfloat16()
     whole = tensors(quantizer.quantize(W.float()))
-    for module in (uniform_module, normal_float_module):
+    for module in (uniform_module, normal_float_module, codebook_module):
         monkeypatch.setattr(module, "CPU_CHUNK", 700)
     for same in (W, W.float().T.contiguous().T):
         chunked = tensors(quantizer.quantize(same))
@@ -148,7 +159,7 @@ def test_its_own_values_come_back(name: str, bits: int) -> None:
 
 def any_quantizer(draw: Any) -> Any:
     name, bits = draw(st.sampled_from(EVERY))
-    more = {"double_quant": draw(st.booleans())} if name == "nf" else {}
+    more = {"double_quant": draw(st.booleans())} if name not in GRIDS else {}
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     return QUANTIZERS[name](bits, draw(st.sampled_from([16, 24, 64, -1])), dtype=dtype, **more)
 
@@ -173,8 +184,8 @@ def test_a_stacked_weight_becomes_what_it_becomes_alone(data: Any, batch: int, m
     if not rank:
         factors = ()
     if not stackable(quantizer, m, n):
-        assert isinstance(quantizer, NormalFloat)
-        assert quantizer.double_quant or m * n % quantizer.empty(m, n).group_size
+        ragged = isinstance(quantizer, NormalFloat) and m * n % quantizer.empty(m, n).group_size
+        assert quantizer.double_quant or ragged
         return
     q, left = quantize_residual(quantizer, W, *factors)
     assert q.shape == (batch * m, n)

@@ -11,7 +11,13 @@ from loftq_cli.kernels.tiles import VALUES, place, product, shape_of_tile, sprea
 
 
 def codebook(
-    W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, levels: Tensor, g: int, values: torch.dtype | None
+    W: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    levels: Tensor,
+    g: int,
+    values: torch.dtype | None,
+    scales: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantize `W - lora_B @ lora_A` to the levels times the largest magnitude of each group.
 
@@ -22,6 +28,7 @@ def codebook(
         levels: float32 [2**bits], ascending.
         g: divides n; at most `TILE`.
         values: the dtype that dequantized values are rounded to; None for no residual.
+        scales: the dtype that the magnitudes are rounded to.
 
     Returns:
         codes uint8 [B * m, n], scale float32 [B * m * n / g]; and the residual `W` − dequantized value, float32
@@ -40,7 +47,8 @@ def codebook(
         codebook_kernel[(groups * triton.cdiv(m, tile["ROWS"]), batch)](
             W, lora_A, lora_B, codes, scale, residual, levels,
             m, n, 0 if lora_A is None else lora_A.shape[1], g, groups,
-            LEVELS=len(levels), VALUES=VALUES[values or torch.float32], **tile, num_warps=4, enable_fp_fusion=False,
+            LEVELS=len(levels), VALUES=VALUES[values or torch.float32], SCALES=VALUES[scales], **tile,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scale, residual
 
@@ -61,6 +69,7 @@ def codebook_kernel(
     groups,
     LEVELS: tl.constexpr,
     VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
     PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -76,7 +85,7 @@ def codebook_kernel(
         low_rank = product(lora_A_pointer, lora_B_pointer, m, n, r, g, group, row, PIECES, WIDTH)
     source = tl.load(W_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
     w = source - low_rank
-    scale = tl.max(tl.max(tl.abs(w), 1), 1)
+    scale = tl.max(tl.max(tl.abs(w), 1), 1).to(SCALES).to(tl.float32)
     # where bitsandbytes clamps, so that a block of zeros can be divided by it
     divisor = tl.maximum(scale, tl.full(scale.shape, 1e-38, tl.float32))
     x = w * spread(tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor))

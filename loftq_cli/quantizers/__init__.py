@@ -1,7 +1,6 @@
 """Quantizers: tensors in, tensors out. To add one, write its file and its row in `QUANTIZERS`."""
 
 from loftq_cli.quantizers.base import (
-    NestedScale,
     QuantizedWeight,
     Quantizer,
     dequantize,
@@ -11,6 +10,8 @@ from loftq_cli.quantizers.base import (
     stackable,
     unstack,
 )
+from loftq_cli.quantizers.codebook import Lloyd, NormalFloatSearch
+from loftq_cli.quantizers.nested import NestedScale
 from loftq_cli.quantizers.normal_float import NormalFloat
 from loftq_cli.quantizers.uniform import Uniform, UniformSymmetric
 
@@ -18,12 +19,16 @@ QUANTIZERS: dict[str, type] = {
     "uniform": Uniform,
     "uniform-symmetric": UniformSymmetric,
     "nf": NormalFloat,
+    "nf-search": NormalFloatSearch,
+    "lloyd": Lloyd,
 }
 
 __all__ = [
     "QUANTIZERS",
+    "Lloyd",
     "NestedScale",
     "NormalFloat",
+    "NormalFloatSearch",
     "QuantizedWeight",
     "Quantizer",
     "Uniform",

@@ -10,25 +10,11 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import fused
+from loftq_cli.quantizers.nested import NestedScale
 
 # Weights per chunk. On a CPU a chunk's buffers should stay in the cache, where a pass over them costs 0.06 ns per
 # weight rather than 0.2; on a GPU a chunk must be large enough to hide the launches.
 CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 24
-
-
-@dataclass(frozen=True)
-class NestedScale:
-    """Scales that are themselves quantized ("double quantization", QLoRA, arXiv 2305.14314, section 3).
-
-    `scale = codebook[codes] * absmax + offset`, with one `absmax` per 256 consecutive scales.
-
-    Shapes: codes uint8 [k], absmax float32 [ceil(k / 256)], codebook float32 [256], offset float32 [].
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    codebook: Tensor
-    offset: Tensor
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import WIDEST, WIDEST_WITH_PRODUCT, fused
-from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, NestedScale, QuantizedWeight, expand_groups, residual
+from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight, residual
+from loftq_cli.quantizers.nested import NestedScale, empty_nested, nest, unnest
 
 OFFSET = 0.9677083  # the outermost quantile, of QLoRA and LoftQ
 SMALLEST_ABSMAX = 1e-38  # where bitsandbytes clamps, so that a block of zeros can be divided by it
-NESTED_BLOCK = 256  # scales per scale of scales
 
 # NF4 as bitsandbytes has it: the construction below differs from it by rounding, up to 1e-7.
 NF4 = (
@@ -31,19 +31,21 @@ NF4 = (
 
 @dataclass(frozen=True)
 class NormalFloat:
-    """NF2, NF3 or NF4 with a float32 scale per block.
+    """NF2, NF3 or NF4 with a scale per block.
 
     Args:
         bits: 2, 3 or 4.
         group_size: weights per block; -1 for a row's length.
         dtype: what the dequantized values are rounded to.
         double_quant: also quantize the scales, to 8 bits (`compress_statistics=True` of bitsandbytes).
+        scale_dtype: what scales are rounded to before codes are chosen, where a format keeps fewer bits than float32.
     """
 
     bits: int
     group_size: int = 64
     dtype: torch.dtype = torch.float32
     double_quant: bool = False
+    scale_dtype: torch.dtype = torch.float32
 
     supported_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
 
@@ -51,7 +53,9 @@ class NormalFloat:
         """Quantize `W` [m, n]: the level nearest to `W / absmax`, the lower one in a tie."""
         m, n = W.shape
         done = self._fused(W[None], None, None, None) if W.is_cuda else None
-        codes, scale = _blockwise(W.reshape(-1), self.bits, self._block(n)) if done is None else done[:2]
+        codes, scale = (
+            _blockwise(W.reshape(-1), self.bits, self._block(n), self.scale_dtype) if done is None else done[:2]
+        )
         return self._nested(codes.view(m, n), scale)
 
     def fused_residual(
@@ -76,7 +80,8 @@ class NormalFloat:
         kernels = fused() if n % g == 0 and g <= widest else None
         if kernels is None:
             return None
-        return kernels.codebook(W, lora_A, lora_B, normal_float_codebook(self.bits, W.device), g, values)
+        levels = normal_float_codebook(self.bits, W.device)
+        return kernels.codebook(W, lora_A, lora_B, levels, g, values, self.scale_dtype)
 
     def empty(self, m: int, n: int) -> QuantizedWeight:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
@@ -85,9 +90,7 @@ class NormalFloat:
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        nested = None
-        if self.double_quant:
-            nested = NestedScale(meta(blocks, dtype=torch.uint8), meta(-(-blocks // NESTED_BLOCK)), meta(256), meta())
+        nested = empty_nested(blocks) if self.double_quant else None
         return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), nested)
 
     def _block(self, n: int) -> int:
@@ -97,10 +100,8 @@ class NormalFloat:
         """The result, its scales quantized too if they are to be."""
         if not self.double_quant:
             return self._result(codes, scale, None)
-        nested = _nest(scale)
-        scale = nested.codebook[nested.codes.int()]
-        scale = scale * expand_groups(nested.absmax, (1, len(scale)), NESTED_BLOCK)[0] + nested.offset
-        return self._result(codes, scale, nested)
+        nested = nest(scale)
+        return self._result(codes, unnest(nested), nested)
 
     def _result(self, codes: Tensor, scale: Tensor, nested: NestedScale | None) -> QuantizedWeight:
         m, n = codes.shape
@@ -137,23 +138,11 @@ def construct_codebook(bits: int) -> Tensor:
     return (levels / levels.max()).float()
 
 
-@functools.cache
-def dynamic_codebook(device: torch.device | str = "cpu") -> Tensor:
-    """Return the signed 8-bit "dynamic" levels that bitsandbytes stores scales with, float32 [256], ascending.
+def _blockwise(flat: Tensor, bits: int, g: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return codes uint8 [k] and the largest magnitude of each block of `flat` [k], float32 [ceil(k / g)].
 
-    Seven decades, each twice as finely divided as the one below it (8-bit optimizers, arXiv 2110.02861, section 2.1);
-    asymmetric: 1 is a level, -1 is not.
+    The magnitudes are rounded to `scale_dtype`, and the codes chosen with them so.
     """
-    levels = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        levels += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
-
-
-def _blockwise(flat: Tensor, bits: int, g: int) -> tuple[Tensor, Tensor]:
-    """Return codes uint8 [k] and the largest magnitude of each block, float32 [ceil(k / g)], of `flat` [k]."""
     k, device = flat.numel(), flat.device
     codes = torch.empty(k, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-k // g), dtype=torch.float32, device=device)
@@ -172,25 +161,11 @@ def _blockwise(flat: Tensor, bits: int, g: int) -> tuple[Tensor, Tensor]:
     for start in range(0, blocks, step):
         stop = min(start + step, blocks)
         w = flat[start * g : stop * g].float().view(-1, g)
-        absmax[start:stop] = w.abs().amax(1)
+        absmax[start:stop] = w.abs().amax(1).to(scale_dtype)
         w = w * absmax[start:stop].clamp_min(SMALLEST_ABSMAX).reciprocal()[:, None]
         codes[start * g : stop * g] = nearest(w).view(-1)
     if blocks * g < k:  # the short last block, which bitsandbytes divides instead of multiplying
         w = flat[blocks * g :].float()
-        absmax[-1] = w.abs().amax().clamp_min(SMALLEST_ABSMAX)
-        codes[blocks * g :] = nearest(w / absmax[-1])
+        absmax[-1] = w.abs().amax().clamp_min(SMALLEST_ABSMAX).to(scale_dtype)
+        codes[blocks * g :] = nearest(w / absmax[-1].clamp_min(SMALLEST_ABSMAX))
     return codes, absmax
-
-
-def _nest(scale: Tensor) -> NestedScale:
-    """Quantize `scale` [k] about its mean, to 8 bits in blocks of 256."""
-    offset = scale.mean()
-    blocks = torch.nn.functional.pad(scale - offset, (0, -len(scale) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = blocks.abs().amax(1)
-    x = (blocks * absmax.reciprocal()[:, None]).clamp_(-1, 1)
-    # bitsandbytes looks a value up in a table of 65,536 steps, and takes the lowest code in a block of zeros. The steps
-    # move about one code in 600, to its neighbour; the zeros dequantize to zero all the same.
-    x = -1 + 2 * ((x + 1) * 0.5 * 65535 + 0.5).floor_() / 65535
-    levels = dynamic_codebook(scale.device)
-    codes = torch.bucketize(x, (levels[:-1] + levels[1:]) * 0.5).to(torch.uint8).where(absmax[:, None] > 0, 0)
-    return NestedScale(codes.view(-1)[: len(scale)].clone(), absmax, levels, offset)
