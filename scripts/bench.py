@@ -8,6 +8,7 @@
     python scripts/bench.py profile MODEL   where the time of a run goes; MODEL with a few layers
     python scripts/bench.py calibrate MODEL calibrated methods, MODEL with a few layers: time per block, memory
     python scripts/bench.py perplexity ...  perplexity before any fine-tuning; it has flags of its own, see its --help
+    python scripts/bench.py runtime ...     memory, training and decode steps of a packed base beside bitsandbytes
     python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
 Prints a Markdown table and writes scripts/results/NAME.json (BENCH_RESULTS names another folder), with the machine
@@ -33,6 +34,7 @@ import bench_calibrate
 import bench_perplexity
 import bench_profile
 import bench_quantize
+import bench_runtime
 from bench_common import GROUP_SIZE, HERE, ITERS, RANK, full_svd_loop, now, print_table, relative, save, table_row
 
 COLUMNS = {  # of the printed tables, with their format specifications
@@ -57,6 +59,7 @@ COLUMNS = {  # of the printed tables, with their format specifications
     "quantize": bench_quantize.COLUMNS,
     "profile": bench_profile.COLUMNS,
     "perplexity": bench_perplexity.COLUMNS,
+    "runtime": bench_runtime.COLUMNS,
     "calibrate": bench_calibrate.COLUMNS,
 }  # fmt: skip
 
@@ -283,6 +286,8 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     if sys.argv[1:2] == [bench_perplexity.NAME]:
         sys.exit(bench_perplexity.main(sys.argv[2:]))
+    if sys.argv[1:2] == [bench_runtime.NAME]:
+        sys.exit(bench_runtime.main(sys.argv[2:]))
     arguments = vars(parse())
     what, model = arguments.pop("what"), arguments.pop("model")
     if what in ("loop", "readme"):

@@ -17,6 +17,7 @@ OWN = {  # folder → what it may import of this package
     "lowrank": {"loftq_cli.lowrank", "loftq_cli.kernels"},
     "methods": {"loftq_cli.methods", "loftq_cli.lowrank", "loftq_cli.quantizers", "loftq_cli.kernels"},
     "formats": {"loftq_cli.formats", "loftq_cli.quantizers", "loftq_cli.errors"},
+    "runtime": {"loftq_cli.runtime", "loftq_cli.quantizers", "loftq_cli.kernels"},
     "checkpoint": {"loftq_cli.checkpoint", "loftq_cli.errors"},
     "calibration": {"loftq_cli.calibration", "loftq_cli.checkpoint", "loftq_cli.errors"},
 }
@@ -26,6 +27,7 @@ FOREIGN = {  # folder → packages beside the standard library
     "lowrank": {"torch"},
     "methods": {"torch"},
     "formats": {"torch"},
+    "runtime": {"torch", "transformers"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub"},
     "calibration": {"torch", "datasets"},
 }

@@ -277,6 +277,25 @@ def test_the_table_of_perplexities_is_filled_by_several_calls(
     assert json.loads(file.read_text())["rows"] == rows
 
 
+def test_the_runtime_is_measured_on_any_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = bench.bench_runtime
+    monkeypatch.setattr(sys.modules["bench_common"], "RESULTS", tmp_path)
+    small = ["--layers=1", "--scale-down=32", "--tokens=16", "--context=4", "--runs=1"]
+    assert runtime.main([*small, "--kinds", "16-bit", "packed 3", "packed 2"]) == 0
+    (file,) = tmp_path.glob("runtime*.json")
+    content = json.loads(file.read_text())
+    rows = content["rows"]
+    assert [(row["base"], row["bits"]) for row in rows] == [("16-bit", 16), ("packed", 3), ("packed", 2)]
+    assert content["command"] == f"python scripts/bench.py runtime {' '.join(small)} --kinds 16-bit packed 3 packed 2"
+    for row in rows:
+        assert row["of its bytes"] <= 1.02
+        assert row["training step, ms"] > 0 < row["decode step, ms"]
+    printed = capsys.readouterr().out
+    assert all(bench.table_row(row, bench.COLUMNS["runtime"]) in printed for row in rows)
+
+
 def test_calibrate_extrapolates_from_a_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["bench_common"], "RESULTS", tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,0 +1,185 @@
+"""Packed codes to weights on CUDA: all of them, or straight into a product with few inputs, as in generation.
+
+The torch twin of both is `runtime.unpacking.dequantize`: the same steps and rounding. Shapes: m = out_features, n =
+in_features, G = groups in a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq_cli.kernels.packed import Packed
+
+try:  # tried, so that transformers does not ask for Triton where it copies this file from a checkpoint
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+VALUES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+RUN = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that begin and end with a word
+ROWS, COLUMNS = 8, 512  # of the tile of one program that unpacks
+PRODUCT_ROWS, PRODUCT_COLUMNS = 4, 1024  # of one that multiplies, at a time
+MOST_INPUTS = 8  # of a product
+
+
+def unpack_weight(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Return the weight [m, n]: computed in float32, rounded to `dtype`."""
+    m, n = packed.shape
+    result = torch.empty(m, n, dtype=dtype, device=packed.codes.device)
+    blocks, run = triton.cdiv(n, COLUMNS), RUN[packed.bits]
+    with torch.cuda.device_of(result):
+        unpack_kernel[(blocks * triton.cdiv(m, ROWS),)](
+            result, blocks=blocks, **packed.arguments(), VALUES=VALUES[dtype], ROWS=ROWS, RUN=run, RUNS=COLUMNS // run,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """Return `x @ weight.T + bias` [inputs, m] for `x` [inputs, n], at most `MOST_INPUTS`; sums are float32."""
+    inputs, m, run = x.shape[0], packed.shape[0], RUN[packed.bits]
+    x = x.contiguous()
+    result = torch.empty(inputs, m, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        multiply_kernel[(triton.cdiv(m, PRODUCT_ROWS),)](
+            result, x, bias, inputs, **packed.arguments(), INPUTS=triton.next_power_of_2(inputs),
+            VALUES=VALUES[x.dtype], ROWS=PRODUCT_ROWS, RUN=run, RUNS=PRODUCT_COLUMNS // run,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def code_at(pointer, index, mask, BITS: tl.constexpr):
+    """Code number `index` of the bit stream there, wherever it is."""
+    bit = index * BITS
+    word, shift = bit // 32, (bit % 32).to(tl.uint32)
+    code = tl.load(pointer + word, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS != 0:  # codes may straddle words
+        straddles = shift > 32 - BITS
+        next_word = tl.load(pointer + word + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
+        code = code | tl.where(straddles, next_word << ((32 - shift) & 31), 0)
+    return (code & (2**BITS - 1)).to(tl.int32)
+
+
+@triton.jit
+def run_of_codes(pointer, run, words, mask, lane, BITS: tl.constexpr):
+    """The codes of runs that begin with a word: of 1 word, or at 3 bits of 3, which are loaded once for all of them."""
+    if BITS == 3:
+        pointer += 3 * run
+        left = words - 3 * run
+        first = tl.load(pointer, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        second = tl.load(pointer + 1, mask=mask & (left > 1), other=0).to(tl.uint32, bitcast=True)
+        third = tl.load(pointer + 2, mask=mask & (left > 2), other=0).to(tl.uint32, bitcast=True)
+        word, shift = lane * 3 // 32, (lane * 3 % 32).to(tl.uint32)
+        low = tl.where(word == 0, first, tl.where(word == 1, second, third))
+        high = tl.where(word == 0, second, third)
+        code = (low >> shift) | tl.where(shift > 29, high << ((32 - shift) & 31), 0)
+    else:
+        code = tl.load(pointer + run, mask=mask, other=0).to(tl.uint32, bitcast=True) >> (lane * BITS).to(tl.uint32)
+    return (code & (2**BITS - 1)).to(tl.int32)
+
+
+@triton.jit
+def weights(
+    row,  # int64 [ROWS, 1, 1]
+    run,  # int32 [1, RUNS, 1]
+    lane,  # int32 [1, 1, RUN]
+    codes,
+    scale,
+    absmax,
+    offset,
+    levels,
+    zero_point,
+    codebook,
+    m,
+    n,
+    words,
+    groups,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """A tile of the weight, float32 [ROWS, RUNS, RUN], rounded to `VALUES`; zero outside.
+
+    A run is the codes of one word (of three at 3 bits). Where groups are made of whole runs, which is the rule, words
+    and scales are loaded once for a run.
+    """
+    column = run * RUN + lane
+    inside = (row < m) & (column < n)
+    if G % RUN == 0:
+        live = (row < m) & (run * RUN < n)
+        code = run_of_codes(codes + row * words, run, words, live, lane, BITS)
+        group = row * groups + run * RUN // G
+    else:
+        live = inside
+        code = code_at(codes + row * words, column, live, BITS)
+        group = row * groups + column // G
+    s = tl.load(scale + group, mask=live, other=0)
+    if absmax is not None:
+        s = tl.load(levels + s.to(tl.int32), mask=live, other=0.0)
+        s = s * tl.load(absmax + group // BLOCK, mask=live, other=0.0) + tl.load(offset)
+    if codebook is None:
+        value = code.to(tl.float32)
+        if zero_point is not None:
+            value -= code_at(zero_point, group, live, BITS).to(tl.float32)
+        else:
+            value -= 2 ** (BITS - 1)
+    elif BITS == 2:  # choosing is quicker than looking up
+        odd = (code & 1) != 0
+        below = tl.where(odd, tl.load(codebook + 1), tl.load(codebook))
+        value = tl.where(code > 1, tl.where(odd, tl.load(codebook + 3), tl.load(codebook + 2)), below)
+    else:
+        value = tl.load(codebook + code)
+    return tl.where(inside, (value * s.to(tl.float32)).to(VALUES).to(tl.float32), 0.0)
+
+
+@triton.jit
+def unpack_kernel(
+    result, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups, blocks,
+    G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, VALUES: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of `ROWS` times `RUNS` runs."""
+    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    run = (tl.program_id(0) % blocks * RUNS + tl.arange(0, RUNS))[None, :, None]
+    lane = tl.arange(0, RUN)[None, None, :]
+    value = weights(
+        row, run, lane, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups, G, BITS,
+        BLOCK, RUN, VALUES,
+    )  # fmt: skip
+    column = run * RUN + lane
+    tl.store(result + row * n + column, value.to(VALUES), mask=(row < m) & (column < n))
+
+
+@triton.jit
+def multiply_kernel(
+    result, x, bias, inputs, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups,
+    G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, INPUTS: tl.constexpr,
+    VALUES: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` outputs of every input."""
+    first = tl.program_id(0) * ROWS
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    lane = tl.arange(0, RUN)[None, None, :]
+    number = tl.arange(0, INPUTS)
+    total = tl.zeros((INPUTS, ROWS), tl.float32)
+    for start in range(0, tl.cdiv(n, RUN), RUNS):
+        run = (start + tl.arange(0, RUNS))[None, :, None]
+        w = weights(
+            row, run, lane, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups, G, BITS,
+            BLOCK, RUN, VALUES,
+        )  # fmt: skip
+        column = run * RUN + lane
+        for i in tl.static_range(INPUTS):
+            some = tl.load(x + i * n + column, mask=(column < n) & (i < inputs), other=0.0).to(tl.float32)
+            total += tl.where((number == i)[:, None], tl.sum(tl.sum(w * some, 2), 1)[None, :], 0.0)
+    outputs = (first + tl.arange(0, ROWS))[None, :]
+    if bias is not None:
+        total += tl.load(bias + outputs, mask=outputs < m, other=0.0).to(tl.float32)
+    inside = (outputs < m) & (number < inputs)[:, None]
+    tl.store(result + number[:, None] * m + outputs, total.to(VALUES), mask=inside)

@@ -1,0 +1,125 @@
+"""The quantization method `loftq_packed` of transformers: reads which layers are packed, and puts them in place.
+
+Hooks as of transformers 5.17 to 5.23 (`quantizers/base.py`, `quantizers/auto.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq_cli.runtime.layer import PackedLinear, Scheme, become_dense
+
+METHOD = "loftq_packed"
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint: schemes, each with the full names of its modules."""
+
+    def __init__(self, schemes: list[dict[str, Any]], version: int = 1, **_: Any) -> None:
+        if version != 1:
+            raise ValueError(f"this checkpoint is packed in version {version}, and only 1 is known: update loftq")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.schemes = schemes
+
+    def by_module(self) -> dict[str, Scheme]:
+        """The scheme of each packed module."""
+        found = {}
+        for entry in self.schemes:
+            scheme = Scheme(entry["bits"], entry["group_size"], entry["grid"], entry["double_quant"])
+            found.update(dict.fromkeys(entry["modules"], scheme))
+        return found
+
+
+class PackedQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes packed checkpoints; it cannot make them, `loftq quantize` can."""
+
+    requires_calibration = True
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> None:
+        """Replace the named layers, on the meta device, where the loader then fills their buffers.
+
+        Raises:
+            ValueError: the model has none of these names, or one is no plain linear layer.
+        """
+        schemes = self.quantization_config.by_module()
+        absent = dict.fromkeys(schemes)
+        # which the names lack, or have more, where a part of the model is loaded
+        prefix = f"{model.base_model_prefix}."
+        for name, layer in list(model.named_modules()):
+            named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in schemes), None)
+            if named is None:
+                continue
+            if type(layer) is not nn.Linear:
+                raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
+            with torch.device("meta"):
+                packed = PackedLinear(
+                    layer.in_features, layer.out_features, layer.bias is not None, schemes[named], layer.weight.dtype
+                )
+            model.set_submodule(name, packed)
+            absent.pop(named, None)
+        if absent:
+            found = f"{len(schemes) - len(absent)} of the {len(schemes)} packed layers of the checkpoint"
+            text = f"{type(model).__name__} has {found}; it has no `{next(iter(absent))}`"
+            if len(absent) == len(schemes):
+                raise ValueError(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Refuse what was not filled: a packed layer cannot start at random.
+
+        Raises:
+            ValueError: the checkpoint has no tensor for a buffer of a packed layer.
+        """
+        devices = set(getattr(model, "hf_device_map", {}).values())
+        if len(devices) > 1 or "disk" in devices:
+            return  # accelerate has moved the tensors, and with them the loader's marks are gone
+        for name, layer in model.named_modules():
+            for key, buffer in layer.named_buffers() if isinstance(layer, PackedLinear) else ():
+                if not getattr(buffer, "_is_hf_initialized", False):
+                    raise ValueError(f"the checkpoint has no tensor for `{name}.{key}`")
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a saved config has it
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                become_dense(layer, layer.dequantize(named or layer.compute_dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained`, ahead of config.json: no longer name layers that a merge has made dense."""
+        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+        if any(name.endswith(".base_layer") for name in packed):  # as they are called while an adapter is attached
+            return None, {}
+        if not packed:
+            self.remove_quantization_config(model)
+            return None, {}
+        schemes: dict[Scheme, list[str]] = {}
+        for name, layer in packed.items():
+            schemes.setdefault(layer.scheme, []).append(name)
+        self.quantization_config.schemes = [{**vars(scheme), "modules": names} for scheme, names in schemes.items()]
+        return None, {}
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """`save_pretrained` writes the packed tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on it are."""
+        return True
+
+
+def register(again: bool = False) -> None:
+    """Make the method known to transformers: a checkpoint's own copy if it is not, the package `again`."""
+    if again or METHOD not in AUTO_QUANTIZER_MAPPING:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+        AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer

@@ -1,0 +1,274 @@
+"""A linear layer whose weight stays in packed codes: in memory, in the forward pass and in the backward pass.
+
+The layout is that of `loftq_cli.formats.packed`. Shapes: m = out_features, n = in_features, G = groups in a row.
+
+This file, and what it imports, also travels inside checkpoints (see `loftq_cli.formats.packed.remote_code`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from loftq_cli.kernels.packed import Packed
+from loftq_cli.quantizers.nested import NESTED_BLOCK, dynamic_codebook
+from loftq_cli.runtime.unpacking import dequantize, multiply
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is packed.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale; -1 for a whole row.
+        grid: `affine` (a zero point per group), `symmetric` (zero point 2**(bits - 1)) or `codebook`.
+        double_quant: the scales are 8-bit codes.
+    """
+
+    bits: int
+    group_size: int
+    grid: str
+    double_quant: bool = False
+
+
+class PackedLinear(nn.Linear):
+    """`nn.Linear` with packed codes in place of the weight; frozen, but for the bias.
+
+    `weight` reads as an ordinary tensor, made when it is used; whoever assigns to it, or to its `data`, as a merge of
+    LoRA does, turns this layer into a plain `nn.Linear` that holds what was assigned.
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    zero_point: Tensor
+    scale: Tensor
+    scale_absmax: Tensor
+    scale_offset: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # not Linear's, which would allocate the weight
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.compute_dtype = dtype  # that of `weight`; `forward` computes in the dtype of its input
+        m, n = out_features, in_features
+        groups = math.ceil(n / self.group_size)
+        self.register_buffer("codes", torch.empty(m, math.ceil(n * scheme.bits / 32), dtype=torch.int32))
+        if scheme.grid == "codebook":
+            self.register_buffer("codebook", torch.empty(2**scheme.bits, dtype=torch.float32))
+        if scheme.grid == "affine":
+            words = math.ceil(m * groups * scheme.bits / 32)
+            self.register_buffer("zero_point", torch.empty(words, dtype=torch.int32))
+        scale_dtype = torch.uint8 if scheme.double_quant else torch.float16
+        self.register_buffer("scale", torch.empty(m, groups, dtype=scale_dtype))
+        if scheme.double_quant:
+            blocks = math.ceil(m * groups / NESTED_BLOCK)
+            self.register_buffer("scale_absmax", torch.empty(blocks, dtype=torch.float32))
+            self.register_buffer("scale_offset", torch.empty(1, dtype=torch.float32))
+        nn.Module.register_parameter(self, "bias", nn.Parameter(torch.empty(m, dtype=dtype)) if bias else None)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.in_features if self.scheme.group_size == -1 else self.scheme.group_size
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight [m, n]: computed in float32, rounded to `dtype`."""
+        return dequantize(self.packed(), dtype)
+
+    def packed(self) -> Packed:
+        """The tensors, by the names of `formats.packed`."""
+        nested = self.scheme.double_quant
+        return Packed(
+            shape=(self.out_features, self.in_features),
+            bits=self.scheme.bits,
+            group_size=self.group_size,
+            codes=self.codes,
+            scale=self.scale,
+            absmax=self.scale_absmax if nested else None,
+            offset=self.scale_offset if nested else None,
+            levels=dynamic_codebook(self.scale.device) if nested else None,
+            zero_point=self.zero_point if self.scheme.grid == "affine" else None,
+            codebook=self.codebook if self.scheme.grid == "codebook" else None,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input @ weight.T + bias`."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        trains = input.requires_grad or (bias is not None and bias.requires_grad)
+        if not (trains and torch.is_grad_enabled()):
+            return multiply(input, self.packed(), bias)
+        output: Tensor = _Product.apply(input, bias, self)
+        return output
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made when it is used."""
+        return _DenseWhenUsed(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.weight.data = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`, which would find `weight` taken."""
+        if name == "weight" and param is not None:
+            self.weight.data = param
+        else:
+            super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme."""
+        s = self.scheme
+        return (
+            f"{super().extra_repr()}, bits={s.bits}, group_size={s.group_size}, grid={s.grid}, "
+            f"double_quant={s.double_quant}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move codes and scales, but never cast them: `to(dtype)` changes what is computed, not what is stored."""
+        own = {id(buffer) for buffer in self._buffers.values()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in own and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+def become_dense(layer: PackedLinear, weight: Tensor) -> None:
+    """Turn `layer` into a plain `nn.Linear` with this weight."""
+    for name in list(layer._buffers):
+        del layer._buffers[name]
+    layer.__class__ = nn.Linear  # type: ignore[assignment]
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T + bias` with a W that is made, used and dropped in each direction: only codes are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return multiply(x, layer.packed(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_x, to_bias, _ = ctx.needs_input_grad
+        return (
+            gradient @ ctx.layer.dequantize(gradient.dtype) if to_x else None,
+            gradient.reshape(-1, gradient.shape[-1]).sum(0) if to_bias else None,
+            None,
+        )
+
+
+class _DenseWhenUsed(Tensor):
+    """What `PackedLinear.weight` returns: size, dtype and device are known, the values are made when they are used.
+
+    Whatever writes into it makes the layer dense. Its views (`weight[0]`, `weight.T`) hold values already, which the
+    layer would not see changed: writing into them raises.
+    """
+
+    layer: PackedLinear
+    piece: Tensor | None  # what a view of it sees, else None
+
+    @staticmethod
+    def __new__(cls, layer: PackedLinear, piece: Tensor | None = None) -> _DenseWhenUsed:
+        made: _DenseWhenUsed = Tensor._make_wrapper_subclass(
+            cls,
+            (layer.out_features, layer.in_features) if piece is None else piece.shape,
+            strides=None if piece is None else piece.stride(),
+            storage_offset=None if piece is None else piece.storage_offset(),
+            dtype=layer.compute_dtype if piece is None else piece.dtype,
+            device=layer.codes.device if piece is None else piece.device,
+            requires_grad=False,
+        )
+        made.layer, made.piece = layer, piece
+        made._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers: do not fill it at random
+        return made
+
+    def __init__(self, layer: PackedLinear, piece: Tensor | None = None) -> None:
+        pass
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute with the dense values; what writes into them makes the layer dense."""
+        kwargs = kwargs or {}
+        schema = func._schema
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        views = views and isinstance(args[0].layer, PackedLinear)  # else they are views of what it has become
+        if views and args[0].piece is None and func is torch.ops.aten.detach.default:
+            return cls(args[0].layer)
+        values = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)]
+        writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+        leaves = tree_leaves([value for value, write in zip(values, writes, strict=True) if write])
+        written = [leaf for leaf in leaves if isinstance(leaf, cls)]
+        if any(weight.piece is not None for weight in written):
+            raise RuntimeError(
+                f"{func} into a view of a packed weight would be lost: write into a clone, and assign it"
+            )
+        made: dict[int, Tensor] = {}
+
+        def dense(weight: _DenseWhenUsed) -> Tensor:
+            if id(weight) not in made:
+                made[id(weight)] = weight._dense()
+            return made[id(weight)]
+
+        result = func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs))
+        for weight in written:
+            weight.data = made[id(weight)]
+        return tree_map_only(Tensor, lambda piece: cls(args[0].layer, piece), result) if views else result
+
+    def _dense(self) -> Tensor:
+        """The values: of the layer, or of what it has become."""
+        if self.piece is not None:
+            return self.piece
+        layer = self.layer
+        return layer.dequantize(self.dtype) if isinstance(layer, PackedLinear) else layer.weight.detach()
+
+    @property
+    def data(self) -> Tensor:
+        """This tensor, so that what is written into it is not lost."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, _DenseWhenUsed):
+            if value.layer is self.layer and value.piece is None:  # its own weight: nothing is new
+                return
+            value = value._dense()
+        if self.piece is not None:
+            raise RuntimeError("a view of a packed weight cannot be assigned to: assign to the weight")
+        if isinstance(self.layer, PackedLinear):
+            become_dense(self.layer, value)
+        else:
+            self.layer.weight.data = value
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """An ordinary tensor, whatever the dtype: a start that works on a copy in float32 gets one in any case."""
+        return self._dense().to(*args, **kwargs)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values."""
+        return self._dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values."""
+        return self._dense().tolist()

@@ -1,0 +1,105 @@
+"""A packed weight, dense for as long as it is needed: by Triton's kernels on a GPU, else by torch.
+
+Shapes: m = out_features, n = in_features, G = groups in a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loftq_cli.kernels.packed import Packed
+from loftq_cli.quantizers.nested import NestedScale, unnest
+from loftq_cli.quantizers.packing import unpack
+
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights that torch unpacks at once
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kernels(NamedTuple):
+    """What `kernels.unpack` offers."""
+
+    unpack_weight: Callable[[Packed, torch.dtype], Tensor]
+    multiply: Callable[[Tensor, Packed, Tensor | None], Tensor]
+    most_inputs: int
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight [m, n]: computed in float32, rounded to `dtype`."""
+    kernels = fused(packed.codes.device) if dtype in KERNEL_DTYPES else None
+    if kernels is None:
+        return by_torch(packed, dtype)
+    return kernels.unpack_weight(packed, dtype)
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` for `x` [..., n]; with few inputs, as in generation, no dense weight is made on a GPU."""
+    m, n = packed.shape
+    inputs = x.numel() // n
+    kernels = fused(x.device) if x.dtype in KERNEL_DTYPES else None
+    if kernels is None or not 0 < inputs <= kernels.most_inputs:
+        return torch.nn.functional.linear(x, dequantize(packed, x.dtype), bias)
+    return kernels.multiply(x.reshape(inputs, n), packed, bias).view(*x.shape[:-1], m)
+
+
+def by_torch(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """`dequantize` without a kernel, some rows at a time."""
+    (m, n), g, bits = packed.shape, packed.group_size, packed.bits
+    result = torch.empty(m, n, dtype=dtype, device=packed.codes.device)
+    if result.is_meta:
+        return result
+    scale, zero_point = scales(packed), zero_points(packed)
+    step = max(1, CHUNK.get(result.device.type, CHUNK["cpu"]) // n)
+    for start in range(0, m, step):
+        rows = slice(start, start + step)
+        codes = unpack(packed.codes[rows], bits, n)
+        if packed.codebook is not None:
+            values = packed.codebook.index_select(0, codes.view(-1).int()).view(codes.shape)
+        else:
+            values = codes.float().sub_(spread(zero_point[rows], g, n))
+        result[rows] = values.mul_(spread(scale[rows], g, n))
+    return result
+
+
+def scales(packed: Packed) -> Tensor:
+    """The scale of each group, float32 [m, G]."""
+    if packed.absmax is None or packed.levels is None or packed.offset is None:
+        return packed.scale.float()
+    return unnest(NestedScale(packed.scale.view(-1), packed.absmax, packed.levels, packed.offset)).view(
+        packed.scale.shape
+    )
+
+
+def zero_points(packed: Packed) -> Tensor:
+    """The zero point of each group, float32 [m, G]; of no meaning for a codebook."""
+    if packed.zero_point is not None:
+        return unpack(packed.zero_point[None], packed.bits, packed.scale.numel()).view(packed.scale.shape).float()
+    return torch.full((1, 1), 2.0 ** (packed.bits - 1), device=packed.scale.device).expand(packed.scale.shape)
+
+
+def spread(values: Tensor, g: int, n: int) -> Tensor:
+    """Repeat values of groups [rows, G] for their weights, [rows, n]."""
+    return values.repeat_interleave(g, dim=1)[:, :n]
+
+
+@functools.cache
+def fused(device: torch.device) -> Kernels | None:
+    """The kernels for `device`, or None: on a CPU, an old GPU, or where Triton cannot compile."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from loftq_cli.kernels.unpack import MOST_INPUTS, multiply, unpack_weight
+
+        codes = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        unpack_weight(Packed((1, 8), 2, 8, codes, codes.half()), torch.float32)
+    except torch.OutOfMemoryError:  # which says nothing of the kernels
+        raise
+    except Exception as error:
+        warnings.warn(f"torch unpacks the weights, which is slower, for the kernels do not run: {error}", stacklevel=2)
+        return None
+    return Kernels(unpack_weight, multiply, MOST_INPUTS)
