@@ -16,6 +16,7 @@ CALIBRATED = ("qera", "cloq", "apiq-lw", "apiq-bw")  # methods that see text
 TRAINED = ("apiq-lw", "apiq-bw")
 EPOCHS = {"qlora": 20}  # of training, as published; from a better start fewer do
 FEWER_EPOCHS = 5
+GRIDS = ("uniform", "uniform-symmetric")  # quantizers to integers; all others have a codebook
 
 
 def parse_bits_for(value: Any) -> Any:
@@ -47,9 +48,9 @@ class QuantizeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Bits = 4
-    quantizer: Literal["uniform", "uniform-symmetric", "nf"] | None = None
+    quantizer: Literal["uniform", "uniform-symmetric", "nf", "nf-search", "lloyd"] | None = None
     group_size: int = 64
-    format: Literal["auto", "bnb", "gptq", "compressed-tensors", "dense"] = "auto"
+    format: Literal["auto", "bnb", "gptq", "compressed-tensors", "packed", "dense"] = "auto"
     double_quant: bool = False
     skip: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
     bits_for: Annotated[dict[str, Bits], BeforeValidator(parse_bits_for)] = Field(default_factory=dict)
@@ -84,19 +85,24 @@ class QuantizeConfig(BaseModel):
     def _fits_itself(self) -> QuantizeConfig:
         if self.group_size != -1 and not 8 <= self.group_size <= 65536:
             raise ValueError(f"`group_size` {self.group_size} is out of range: use -1 (a whole row) or 8 .. 65536")
-        if self.quantizer == "nf" and 8 in {self.bits, *self.bits_for.values()}:
-            raise ValueError("`quantizer` nf has 2, 3 or 4 bits; use `uniform` for 8")
+        widths = {self.bits, *self.bits_for.values()}
+        if self.quantizer not in (None, *GRIDS) and 8 in widths:
+            raise ValueError(f"`quantizer` {self.quantizer} has 2, 3 or 4 bits; use `uniform` for 8")
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
-        if (self.method == "cloq" or self.is_trained) and self.default_quantizer() == "nf":
-            raise ValueError(f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `nf`")
+        quantizer = self.default_quantizer()
+        if (self.method == "cloq" or self.is_trained) and quantizer not in GRIDS:
+            raise ValueError(
+                f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `{quantizer}`"
+            )
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
-        if self.double_quant and self.default_quantizer() != "nf":
-            raise ValueError("`double_quant` quantizes the scales of `nf`; `uniform` has float16 scales already")
-        if self.double_quant and {self.bits, *self.bits_for.values()} != {4}:
-            raise ValueError("`double_quant` needs 4 bits throughout: only the `bnb` format stores such scales")
+        if self.double_quant and quantizer in GRIDS:
+            raise ValueError(
+                f"`double_quant` quantizes the scales of a codebook, not those of `{quantizer}`: use the quantizer "
+                "`lloyd` or, at 4 bits, `nf`"
+            )
         return self
 
     def _refuse_idle(self, names: Iterable[str], methods: tuple[str, ...]) -> None:
@@ -119,15 +125,17 @@ class QuantizeConfig(BaseModel):
         return self.model_copy(update=update)
 
     def default_quantizer(self) -> str:
-        """The quantizer asked for, else: symmetric for compressed-tensors, `nf` for 4 bits in bnb, else `uniform`."""
+        """The quantizer asked for, else what suits the format: `nf` or `uniform` where any would do."""
         if self.quantizer is not None:
             return self.quantizer
         if self.format == "compressed-tensors":
             return "uniform-symmetric"
         if self.method == "cloq" or self.is_trained:
             return "uniform"
-        only_4_bits = {self.bits, *self.bits_for.values()} == {4}
-        return "nf" if only_4_bits and self.format in ("auto", "bnb", "dense") else "uniform"
+        widths = {self.bits, *self.bits_for.values()}
+        if self.format == "packed":
+            return "uniform" if 8 in widths else "lloyd"
+        return "nf" if widths == {4} and self.format in ("auto", "bnb", "dense") else "uniform"
 
 
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> QuantizeConfig:

@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import build_config
 from loftq_cli.device import is_out_of_memory, resolve_device
 from loftq_cli.errors import LoftqError
-from loftq_cli.report import install_line
+from loftq_cli.report import import_loader, install_line
 from loftq_cli.verify import read_report
 
 SEQLEN = 2048
@@ -256,11 +256,11 @@ def _refuse_unloadable(out: Path, report: dict[str, Any]) -> None:
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
-            raise LoftqError(
-                f"`{out}` needs {requirement.name} to load, which is missing", install_line(report)
-            ) from None
+            missing = f"`{out}` needs {requirement.name} to load, which is missing"
+            raise LoftqError(missing, install_line(report)) from None
         if not requirement.specifier.contains(installed, prereleases=True):
             raise LoftqError(f"`{out}` needs {requirement} to load; installed is {installed}", install_line(report))
+    import_loader(report)
 
 
 @contextmanager

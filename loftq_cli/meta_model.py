@@ -127,6 +127,19 @@ def find_auto_class(architecture: str, main_input_name: str, config: dict[str, A
     return architecture, None
 
 
+def model_classes(model_type: str | None, architecture: str) -> dict[str, str]:
+    """What transformers' Auto classes load this type of model as: Auto class → class, `architecture` if it is one."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, str] = {}
+    for name, auto in vars(modeling_auto).items():
+        table = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})
+        if name.startswith("AutoModel") and (entry := table.get(model_type)):
+            names = (entry,) if isinstance(entry, str) else entry
+            found[name] = architecture if architecture in names else names[0]
+    return found
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep optional packages that transformers imports from talking on stderr."""

@@ -17,7 +17,8 @@ Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8. \\[default: 4]", r
 Quantizer = Annotated[
     str | None,
     typer.Option(
-        help="uniform, uniform-symmetric or nf (NormalFloat). \\[default: nf at 4 bits, else uniform]",
+        help="uniform, uniform-symmetric; or a codebook: nf (NormalFloat), nf-search, lloyd. "
+        "\\[default: lloyd in packed, nf at 4 bits, else uniform]",
         rich_help_panel=QUANTIZATION,
     ),
 ]
@@ -31,7 +32,7 @@ GroupSize = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="auto, bnb, gptq, compressed-tensors or dense. \\[default: auto: the first of bnb, gptq, dense "
+        help="auto, bnb, gptq, compressed-tensors, packed or dense. \\[default: auto: the first of bnb, gptq, packed "
         "that holds the result]",
         rich_help_panel=QUANTIZATION,
     ),
@@ -40,7 +41,7 @@ DoubleQuant = Annotated[
     bool | None,
     typer.Option(
         "--double-quant/--no-double-quant",
-        help="Quantize the scales too, as QLoRA does (nf, bnb). \\[default: no]",
+        help="Quantize the scales too, as QLoRA does (codebooks). \\[default: no]",
         rich_help_panel=QUANTIZATION,
     ),
 ]
@@ -50,7 +51,11 @@ Skip = Annotated[
 ]
 BitsFor = Annotated[
     list[str] | None,
-    typer.Option(metavar="GLOB=BITS", help="Other bits for some modules; repeatable.", rich_help_panel=QUANTIZATION),
+    typer.Option(
+        metavar="GLOB=BITS",
+        help="Other bits for some modules, e.g. '*.down_proj=4', or for some blocks: 'blocks[:50%]=4'; repeatable.",
+        rich_help_panel=QUANTIZATION,
+    ),
 ]
 Method = Annotated[
     str | None,

@@ -239,7 +239,7 @@ def finish(
     measured: Measured | None,
 ) -> dict[str, Any]:
     """Write what surrounds the shards; index, config.json and report last, so that OUT is never half loadable."""
-    late = {"config.json": _json_bytes(output_config(plan))}
+    late = {**(plan.remote_code.files if plan.remote_code else {}), "config.json": _json_bytes(output_config(plan))}
     if plan.checkpoint.index is not None:
         late[INDEX_FILE] = _json_bytes(output_index(plan))
     base_files: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import AUTO_ORDER, FORMATS, peft_adapter
-from loftq_cli.formats.base import Format
+from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
+from loftq_cli.formats.base import Format, RemoteCode
 from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
@@ -28,7 +29,6 @@ from loftq_cli.jobs import (
     refuse_rank,
 )
 from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
-from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
@@ -71,11 +71,17 @@ class Plan:
     module_names: tuple[str, ...]
     architecture: str
     auto_class: str
+    model_classes: dict[str, str]
     task_type: str | None
     main_input_name: str
     has_fused_experts: bool
     notes: tuple[str, ...]
     _stored: dict[object, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def remote_code(self) -> RemoteCode | None:
+        """The code that loads the checkpoint where nothing is installed that does, of a format that has one."""
+        return getattr(self.format, "remote_code", lambda _: None)(self)
 
     @property
     def block_paths(self) -> tuple[str, ...]:
@@ -148,9 +154,7 @@ class Plan:
 
     def make_quantizer(self, job: WeightJob) -> Quantizer:
         """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""
-        extra = {"double_quant": True} if self.config.double_quant else {}
-        dtype = self.format.value_dtype(job.dtype)
-        return QUANTIZERS[job.quantizer](bits=job.bits, group_size=job.group_size, dtype=dtype, **extra)
+        return make_quantizer(self.format, job.quantizer, job.bits, job.group_size, job.dtype, self.config.double_quant)
 
     def empty(self, job: WeightJob) -> QuantizedWeight:
         """The quantized form of `job` on the meta device."""
@@ -182,17 +186,16 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
-    jobs = make_jobs(checkpoint, linears, decided)
+    jobs = make_jobs(checkpoint, linears, targets.linears.values(), decided)
     refuse_rank(jobs, decided)
     notes = [targets.note] if targets.note else []
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
-        output = FORMATS[format_name]
         chosen = decided.model_copy(update={"format": format_name})
         return Plan(
             checkpoint=checkpoint,
             config=chosen,
-            format=output,
+            format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
             adapter_layout=_adapter_layout(jobs, chosen),
@@ -201,6 +204,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             module_names=targets.module_names,
             architecture=targets.architecture,
             auto_class=targets.auto_class,
+            model_classes=targets.model_classes,
             task_type=targets.task_type,
             main_input_name=targets.main_input_name,
             has_fused_experts=targets.has_fused_experts,
@@ -213,7 +217,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
         notes.append(why)
     else:
         plan = build(config.format)
-        if config.format != "dense":
+        if config.format not in ("packed", "dense"):
             refuse_ragged_groups(jobs)
         if problem := plan.format.why_not(plan):
             raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", _other_formats(build))
@@ -224,6 +228,7 @@ def planned_files(plan: Plan) -> list[str]:
     """Names of all files that the run writes in OUT."""
     names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", "README.md"]
     names += [INDEX_FILE] if plan.checkpoint.index is not None else []
+    names += plan.remote_code.files if plan.remote_code else ()
     return [*names, *plan.checkpoint.side_files, REPORT_FILE]
 
 
@@ -232,7 +237,7 @@ def output_config(plan: Plan) -> dict[str, Any]:
     config = dict(plan.checkpoint.config)
     if (entry := plan.format.quantization_config(plan)) is not None:
         config["quantization_config"] = entry
-    return config
+    return {**config, "auto_map": plan.remote_code.auto_map} if plan.remote_code else config
 
 
 def output_index(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import torch
 
 from loftq_cli import __version__
 from loftq_cli.config import CALIBRATED
+from loftq_cli.formats import FORMATS, load_imports
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
@@ -57,7 +59,11 @@ def build_report(
             "fingerprint": plan.checkpoint.fingerprint,
         },
         "config": {**plan.config.model_dump(mode="json"), "device": device.type},
-        "load": {"auto_class": plan.auto_class, "requirements": list(plan.format.requirements)},
+        "load": {
+            "auto_class": plan.auto_class,
+            "requirements": list(plan.format.requirements),
+            "imports": list(load_imports(plan.format)),
+        },
         # all but what a push rewrites
         "adapter_config": {k: v for k, v in adapter_config.items() if k != "base_model_name_or_path"},
         "totals": {
@@ -194,12 +200,19 @@ def load_lines(report: Mapping[str, Any], folder: str) -> list[str]:
     auto_class, place = report["load"]["auto_class"], json.dumps(folder, ensure_ascii=False)
     remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] else ""
     return [
+        *(f"import {name}" for name in report["load"].get("imports", ())),
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
         f"base = {auto_class}.from_pretrained({place}{remote})",
         f'model = PeftModel.from_pretrained(base, {place}, subfolder="loftq_init", is_trainable=True)',
     ]
+
+
+def import_loader(report: Mapping[str, Any]) -> None:
+    """Import what the output's format is loaded with."""
+    for name in load_imports(FORMATS[report["config"]["format"]]):  # not what a file says: that could be anything
+        importlib.import_module(name)
 
 
 def install_line(report: Mapping[str, Any]) -> str:

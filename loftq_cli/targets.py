@@ -18,7 +18,7 @@ import torch
 from loftq_cli import lean
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
-from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class
+from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +40,7 @@ class Targets:
         skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
         module_names: all module names of the model (empty when the fallback rule was used).
         auto_class: what loads the model, e.g. `AutoModelForCausalLM`.
+        model_classes: all that may load it or a part of it: Auto class → class; none for foreign code.
         has_fused_experts: some modules hold the weights of several experts in one parameter.
         note: what the user must know about how the layers were found, or None.
     """
@@ -50,6 +51,7 @@ class Targets:
     module_names: tuple[str, ...]
     architecture: str
     auto_class: str
+    model_classes: dict[str, str]
     task_type: str | None
     main_input_name: str
     has_fused_experts: bool = False
@@ -153,6 +155,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         module_names=tuple(modules),
         architecture=architecture,
         auto_class=auto_class,
+        model_classes=model_classes(checkpoint.config.get("model_type"), architecture),
         task_type=task_type,
         main_input_name=model.main_input_name,
         has_fused_experts=any(
@@ -253,6 +256,7 @@ def guess_targets(checkpoint: Checkpoint) -> Targets:
         module_names=(),
         architecture=architecture,
         auto_class=auto_class,
+        model_classes={},
         task_type="CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None,
         main_input_name="input_ids",
         has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),

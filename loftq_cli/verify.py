@@ -16,12 +16,12 @@ from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import FORMATS, peft_adapter
+from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format
 from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
-from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import QuantizedWeight
 from loftq_cli.report import SCHEMA, base_fingerprint, pooled
 from loftq_cli.worker import hash_tensor, relative
 
@@ -68,8 +68,8 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     its adapter_config.json states, and the error against the source must be the one in the report.
     """
     report = read_report(out)
-    violations = _check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
-    violations += _check_tensors(out, report)
+    violations = check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
+    violations += _check_all_tensors(out, report)
     violations += _check_totals(report)
     if source is None:
         return Verdict(len(report["files"]), 0, None, tuple(violations))
@@ -95,7 +95,7 @@ def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
     return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
 
 
-def _check_tensors(out: Path, report: dict[str, Any]) -> list[str]:
+def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
     """Every stored tensor of a quantized weight, and its factors, must be what was computed for it."""
     violations = []
     infos: dict[str, TensorInfo] = {}
@@ -105,13 +105,18 @@ def _check_tensors(out: Path, report: dict[str, Any]) -> list[str]:
                 infos.update(read_header(out / name, name).tensors)
             except LoftqError as error:
                 violations.append(error.message)
-    for row in report["weights"]:
-        for tensor, expected in row["sha256"].items():
-            info = infos.get(tensor)
-            if info is None:
-                violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
-            elif hash_tensor(read_tensor(out / info.file, info)) != expected:
-                violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
+    return violations + [text for row in report["weights"] for text in check_tensors(out, row, infos)]
+
+
+def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo]) -> list[str]:
+    """What is wrong with the stored tensors and the factors of one row of the report, by their hashes."""
+    violations = []
+    for tensor, expected in row["sha256"].items():
+        info = infos.get(tensor)
+        if info is None:
+            violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
+        elif hash_tensor(read_tensor(out / info.file, info)) != expected:
+            violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
     return violations
 
 
@@ -150,7 +155,7 @@ def _same_bytes(source: Path, info: TensorInfo, path: Path, other: TensorInfo) -
     return all(bytes(a) == bytes(b) for a, b in pairs)
 
 
-def _check_adapter(out: Path, report: dict[str, Any]) -> list[str]:
+def check_adapter(out: Path, report: dict[str, Any]) -> list[str]:
     """The adapter names this base; adapter_config.json, which a push may rewrite, means the same as the report."""
     violations = []
     if (out / ADAPTER_FILE).is_file():
@@ -187,8 +192,8 @@ def _recompute(
     for row in report["weights"]:
         try:
             W = _source_weight(checkpoint, row)
-            base = _stored_weight(out, stored, output, row, report["config"])
-            stored_A, stored_B = (_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
+            base = stored_weight(out, stored, output, row, report["config"])
+            stored_A, stored_B = (stored_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
         except LoftqError as error:
             violations.append(error.message)
             continue
@@ -214,23 +219,33 @@ def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
     return read_tensor(checkpoint.path(info.file), info).float()
 
 
-def _stored_weight(
+def stored_weight(
     out: Path,
     stored: dict[str, TensorInfo],
     output: Format,
     row: dict[str, Any],
     config: dict[str, Any],
 ) -> Tensor:
-    extra = {"double_quant": True} if config["double_quant"] else {}
-    dtype = output.value_dtype(getattr(torch, row["dtype"]))
-    quantizer = QUANTIZERS[row["quantizer"]](bits=row["bits"], group_size=row["group_size"], dtype=dtype, **extra)
-    like = quantizer.empty(*row["shape"])
+    """The weight of a row of the report, dequantized from its stored tensors, float32 [m, n]."""
+    like = stored_like(output, row, config)
     prefix = row["tensor"].removesuffix(".weight")
-    tensors = {name: _tensor(out, stored, name) for name in output.tensors(prefix, like)}
+    tensors = {name: stored_tensor(out, stored, name) for name in output.tensors(prefix, like)}
     return output.read(prefix, tensors, like)
 
 
-def _tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
+def stored_like(output: Format, row: dict[str, Any], config: dict[str, Any]) -> QuantizedWeight:
+    """The quantized form of the weight of a row of the report, on the meta device."""
+    dtype, double_quant = getattr(torch, row["dtype"]), config["double_quant"]
+    quantizer = make_quantizer(output, row["quantizer"], row["bits"], row["group_size"], dtype, double_quant)
+    return quantizer.empty(*row["shape"])
+
+
+def stored_tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
+    """One tensor of an output, by its name.
+
+    Raises:
+        LoftqError: it is in no file.
+    """
     if name not in infos:
         raise LoftqError(f"`{name}` is missing from the files")
     return read_tensor(out / infos[name].file, infos[name])

@@ -95,7 +95,7 @@ class BatchResult:
         assert self.weights is not None
         for i, job in enumerate(self.batch.jobs):
             if not self.measured[i, 1:3].isfinite().all():
-                raise _refusal(job, self.weights[i].float())
+                raise _refusal(job, self.weights[i].float(), self.plan.format.name)
         self.weights = self.on_device = None
 
     @property
@@ -253,17 +253,17 @@ def row_dict(row: WeightRow) -> dict[str, object]:
     return {key: value for key, value in {**asdict(row), "shape": list(row.shape)}.items() if value is not None}
 
 
-def _refusal(job: WeightJob, W: Tensor) -> LoftqError:
+def _refusal(job: WeightJob, W: Tensor, format_name: str) -> LoftqError:
     if bad := W.numel() - int(torch.isfinite(W).sum()):
         return LoftqError(
             f"`{job.tensor}` in `{job.file}` holds {bad} NaN or infinite values of {W.numel()}",
             f"repair the checkpoint, or leave this weight as it is with `--skip '{job.module}'`",
         )
-    if job.quantizer == "nf":
+    if job.quantizer == "nf" and format_name != "packed":
         return LoftqError(
             f"`{job.tensor}`: its weights, up to {W.abs().max():.3g}, are beyond the dtype it is loaded in"
         )
     return LoftqError(
         f"`{job.tensor}`: a scale of `{job.quantizer}` is beyond float16 (largest weight {W.abs().max():.3g})",
-        f"use `--quantizer nf` (float32 scales), or leave it out with `--skip '{job.module}'`",
+        f"use `--quantizer nf --format bnb` or `dense` (float32 scales), or leave it out with `--skip '{job.module}'`",
     )

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import loftq_cli.runtime  # noqa: F401  (loads `packed`)
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import AUTO_ORDER, FORMATS, bnb, peft_adapter
+from loftq_cli.formats import AUTO_ORDER, FORMATS, bnb, make_quantizer, peft_adapter
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from tests.conftest import save_llama
@@ -50,11 +51,20 @@ CASES = [
     ("compressed-tensors", "uniform-symmetric", 3, 32, torch.bfloat16, False),
     ("compressed-tensors", "uniform-symmetric", 4, 128, torch.bfloat16, False),
     ("compressed-tensors", "uniform-symmetric", 8, -1, torch.float16, False),
+    ("packed", "lloyd", 2, 64, torch.bfloat16, True),
+    ("packed", "lloyd", 3, 48, torch.float32, False),  # a short last group
+    ("packed", "lloyd", 4, 32, torch.float16, False),
+    ("packed", "nf-search", 2, -1, torch.float32, True),
+    ("packed", "nf", 2, 64, torch.bfloat16, False),
+    ("packed", "nf", 3, 128, torch.float32, True),
+    ("packed", "uniform", 3, 32, torch.bfloat16, False),
+    ("packed", "uniform", 8, -1, torch.float32, False),
+    ("packed", "uniform-symmetric", 2, 64, torch.float16, False),
     ("dense", "nf", 2, 64, torch.float32, False),
     ("dense", "uniform", 3, -1, torch.bfloat16, False),
     ("dense", "uniform-symmetric", 4, 48, torch.float16, False),  # a short last group
 ]
-TRAINED = [CASES[k] for k in (0, 2, 4, 5, 6, 7, 11, 12, 14, 17)]
+TRAINED = [CASES[k] for k in (0, 2, 4, 5, 6, 7, 11, 12, 14, 17, 18, 20, 23, 26)]
 
 
 def case_id(case: tuple[Any, ...]) -> str:
@@ -125,8 +135,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
 
 
 def quantizer_for(output: Any, job: Any, double_quant: bool) -> Any:
-    extra = {"double_quant": True} if double_quant else {}
-    return QUANTIZERS[job.quantizer](job.bits, job.group_size, dtype=output.value_dtype(job.dtype), **extra)
+    return make_quantizer(output, job.quantizer, job.bits, job.group_size, job.dtype, double_quant)
 
 
 def write(source: Path, out: Path, case: tuple[Any, ...], plan: Any) -> dict[str, Tensor]:
@@ -183,7 +192,7 @@ def loaded_weight(layer: Any) -> Tensor:
         return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     if kind == "TorchLinear":
         return type(layer).dequantize_weight(layer).T.float()
-    assert kind == "Linear"
+    assert kind in ("Linear", "PackedLinear")
     return layer.weight.data.float()
 
 
@@ -508,6 +517,11 @@ SECOND = "model.layers.1.q"
         ("compressed-tensors", plan_of([SYMMETRIC, {**SYMMETRIC, "module": SECOND, "bits": 2}]), SECOND),
         ("compressed-tensors", plan_of([{**SYMMETRIC, "shape": (64, 96)}]), "does not divide"),
         ("compressed-tensors", plan_of([SYMMETRIC], has_fused_experts=True), "experts"),
+        ("packed", plan_of([{}, {**NF, "module": SECOND, "bits": 2}], has_fused_experts=True), None),
+        ("packed", plan_of([{"shape": (3, 5), "group_size": 32}]), None),
+        ("packed", plan_of([{**NF, "shape": (64, 96)}]), "span the rows of `model.layers.0.q.weight`"),
+        ("packed", plan_of([{"bits": 5}]), "5 bits"),
+        ("packed", plan_of([{"dtype": torch.float64}]), "float64"),
         ("dense", plan_of([NF, {"module": SECOND, "shape": (3, 5)}], has_fused_experts=True), None),
     ],
 )
@@ -528,7 +542,7 @@ def test_bnb_refuses_exactly_the_names_that_transformers_would_confuse() -> None
 
 
 def test_every_format_has_what_the_protocol_says() -> None:
-    assert list(FORMATS) == ["bnb", "gptq", "compressed-tensors", "dense"]
+    assert list(FORMATS) == ["bnb", "gptq", "compressed-tensors", "packed", "dense"]
     assert set(AUTO_ORDER) <= set(FORMATS)
     for name, output in FORMATS.items():
         assert output.name == name

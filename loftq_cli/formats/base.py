@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.quantizers.base import QuantizedWeight
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 
+@dataclass(frozen=True)
+class RemoteCode:
+    """Python that travels in a checkpoint, for `trust_remote_code=True`: what config.json says of it, and its files."""
+
+    auto_map: dict[str, str]
+    files: dict[str, bytes]
+
+
 class Format(Protocol):
-    """A format is a module with these names; one row in `FORMATS` adds it."""
+    """A format is a module with these names; one row in `FORMATS` adds it.
+
+    It may also have `load_imports` (modules that must be imported to load it), `scale_dtype` (what the scales of `nf`
+    are rounded to: float32 without it) and `remote_code(plan)`, which makes a `RemoteCode`, or None.
+    """
 
     name: str
     requirements: tuple[str, ...]  # what pip must install to load the checkpoint, beside transformers and peft
@@ -44,6 +58,24 @@ class Format(Protocol):
     def quantization_config(self, plan: Plan) -> dict[str, Any] | None:
         """The value of `quantization_config` in config.json, or None."""
         ...
+
+
+def load_imports(output: Format) -> tuple[str, ...]:
+    """What must be imported to load the format."""
+    return getattr(output, "load_imports", ())
+
+
+def make_quantizer(
+    output: Format, quantizer: str, bits: int, group_size: int, source_dtype: torch.dtype, double_quant: bool
+) -> Quantizer:
+    """The quantizer of that name, with scales and values rounded as `output` stores them and its loader makes them."""
+    options: dict[str, Any] = {"double_quant": True} if double_quant else {}
+    if quantizer == "nf" and not double_quant:
+        options["scale_dtype"] = getattr(output, "scale_dtype", torch.float32)
+    made: Quantizer = QUANTIZERS[quantizer](
+        bits=bits, group_size=group_size, dtype=output.value_dtype(source_dtype), **options
+    )
+    return made
 
 
 def stored(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

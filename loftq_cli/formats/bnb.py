@@ -18,7 +18,8 @@ from torch import Tensor
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import stored
-from loftq_cli.quantizers.base import QuantizedWeight, dequantize, expand_groups
+from loftq_cli.quantizers.base import QuantizedWeight, dequantize
+from loftq_cli.quantizers.nested import NESTED_BLOCK, NestedScale, unnest
 from loftq_cli.quantizers.packing import pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ load_notes: tuple[str, ...] = (
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-NESTED_BLOCK = 256
 OFFSET_CHARACTERS = 24  # the longest that JSON writes a float64
 
 
@@ -100,7 +100,7 @@ def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tens
         codes = stored(tensors, f"{weight}.absmax", torch.uint8, (blocks,))
         absmax = stored(tensors, f"{weight}.nested_absmax", torch.float32, (math.ceil(blocks / NESTED_BLOCK),))
         nested_map = stored(tensors, f"{weight}.nested_quant_map", torch.float32, (256,))
-        scale = nested_map[codes.long()] * expand_groups(absmax, (1, blocks), NESTED_BLOCK)[0] + offset
+        scale = unnest(NestedScale(codes, absmax, nested_map, torch.tensor(offset)))
     codes = unpack_nibbles(packed, like.shape)
     return dequantize(replace(like, codes=codes, scale=scale, codebook=codebook, nested=None))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 name = "dense"
 requirements: tuple[str, ...] = ()
-quantizers: tuple[str, ...] = ("uniform", "uniform-symmetric", "nf")
+quantizers: tuple[str, ...] = ("uniform", "uniform-symmetric", "nf", "nf-search", "lloyd")
 load_notes: tuple[str, ...] = ()
 
 
