@@ -180,6 +180,21 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
+    dest: Annotated[Path, typer.Argument(help="Folder to make: a plain checkpoint.")],
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Write a plain checkpoint with the adapter folded into the dequantized weights, one weight at a time."""
+    with speaking(json, quiet, verbose) as output:
+        from loftq_cli import show
+
+        show.merge(output, out, dest)
+
+
 @app.command("eval")
 def evaluate(
     out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],

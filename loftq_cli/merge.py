@@ -1,0 +1,117 @@
+"""A plain checkpoint from an output: every weight dequantized and its adapter folded in, one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq_cli.checkpoint.files import copy_file, write_file
+from loftq_cli.checkpoint.reader import Header, read_chunks, read_header
+from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS, peft_adapter
+from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
+from loftq_cli.verify import check_adapter, check_tensors, read_report, stored_like, stored_tensor, stored_weight
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote."""
+
+    weights: int
+    files: int
+    base_bytes: int
+
+
+def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = None) -> Merged:
+    """Write `dest`: files and names of the source of `out`, with `dequantize(Q) + scaling · B A` as weights.
+
+    Weights have the dtype that they were quantized for (config.json's, where it is narrower than the source file's);
+    all else is copied. config.json comes last, so that what is not whole does not load.
+
+    Raises:
+        LoftqError: `out` is not a finished output whose adapter belongs to its base, or a tensor of it is not what was
+            written, or `dest` is not empty.
+    """
+    report = read_report(out)
+    if violations := check_adapter(out, report):
+        raise LoftqError(violations[0], f"see `loftq verify {out}`")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
+    names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
+    shards = {name: read_header(out / name, name) for name in names}
+    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE)
+    weight_map: dict[str, str] = {}
+    for name, header in shards.items():
+        rows = {
+            row["tensor"]: row for row in report["weights"] if any(t in header.tensors for t in _stored(report, row))
+        }
+        replaced = {stored for row in rows.values() for stored in _stored(report, row)}
+        layout = [TensorSpec(row["tensor"], getattr(torch, row["dtype"]), tuple(row["shape"])) for row in rows.values()]
+        copies = [info for info in header.tensors.values() if info.name not in replaced]
+        layout += [TensorSpec(info.name, info.dtype, info.shape) for info in copies]
+        writer = ShardWriter(dest / f"{name}.tmp", dest / name, layout, header.metadata)
+        try:
+            for info in copies:
+                writer.write_chunks(info.name, read_chunks(out / name, info))
+            for tensor, row in rows.items():
+                writer.write(tensor, _merged(out, report, row, header, adapter))
+                if progress is not None:
+                    progress(row["name"], 2 * math.prod(row["shape"]))
+            writer.finish()
+        finally:
+            writer.close()
+        weight_map |= {spec.name: name for spec in layout}
+    _write_surroundings(out, dest, report, weight_map)
+    return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
+
+
+def _stored(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """Names of the tensors that the weight of `row` is stored in."""
+    output = FORMATS[report["config"]["format"]]
+    return list(output.tensors(row["tensor"].removesuffix(".weight"), stored_like(output, row, report["config"])))
+
+
+def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, adapter: Header) -> Tensor:
+    """The weight of `row` [m, n], added up in float32.
+
+    Raises:
+        LoftqError: what it is made of has been changed.
+    """
+    if violations := check_tensors(out, row, {**shard.tensors, **adapter.tensors}):
+        raise LoftqError(violations[0], f"see `loftq verify {out}`")
+    base = stored_weight(out, shard.tensors, FORMATS[report["config"]["format"]], row, report["config"])
+    written = report["adapter_config"]
+    scaling = peft_adapter.scaling(written["r"], written["lora_alpha"], written["use_rslora"])
+    name_A, name_B = peft_adapter.tensor_names(row["name"])
+    stored_A, stored_B = (stored_tensor(out, adapter.tensors, name) for name in (name_A, name_B))
+    lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
+    dtype: torch.dtype = getattr(torch, row["dtype"])
+    return base.addmm_(lora_B, lora_A).to(dtype)
+
+
+def _write_surroundings(out: Path, dest: Path, report: dict[str, Any], weight_map: dict[str, str]) -> None:
+    for name in report["side_files"]:
+        copy_file(out / Path(name).name, dest / Path(name).name)  # at the top, whatever the report says
+    if (out / INDEX_FILE).exists():
+        headers = {name: read_header(dest / name, name) for name in set(weight_map.values())}
+        total = sum(info.nbytes for header in headers.values() for info in header.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(dest / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    # code of the format's loader, unlike the source's own, is among the files that were made
+    classes = {key: path for key, path in config.pop("auto_map", {}).items() if not _made(report, path)}
+    config |= {"auto_map": classes} if classes else {}
+    write_file(dest / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _made(report: dict[str, Any], path: Any) -> bool:
+    return isinstance(path, str) and f"{path.split('.')[0]}.py" in report["files"]
