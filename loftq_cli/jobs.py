@@ -16,7 +16,8 @@ from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
 from loftq_cli.targets import FLOATS, Targets
 
-BLOCK = re.compile(r"(.*?\.\d+)\.")  # a module name up to the transformer block that it is in
+BLOCK = re.compile(r"(.*?)\.(\d+)(?=\.)")  # the start of a module's name: the list of blocks, and which of them
+SLICE = re.compile(r"blocks\[(-?\d+|\d+(?:\.\d+)?%|):(-?\d+|\d+(?:\.\d+)?%|)\]")
 
 
 @dataclass(frozen=True)
@@ -109,25 +110,32 @@ def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
     kinds = {module.rpartition(".")[2] for module in modules}
     return LoftqError(
         f"`{flag} {glob}` matches no linear layer",
-        "globs are matched against whole module names, e.g. `*.down_proj` or `model.layers.0.*`; "
+        "globs are matched against whole module names, e.g. `*.down_proj` or `model.layers.0.*`"
+        + (" (or `blocks[:50%]` for the first half); " if flag == "--bits-for" else "; ")
         + (f"did you mean `*.{glob}`?" if glob in kinds else did_you_mean(glob.rpartition(".")[2], kinds)),
     )
 
 
-def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeConfig) -> tuple[WeightJob, ...]:
+def make_jobs(
+    checkpoint: Checkpoint, linears: dict[str, str], every_linear: Iterable[str], config: QuantizeConfig
+) -> tuple[WeightJob, ...]:
     """One job for each linear weight (tensor → module), with the bits that the rules give it.
+
+    `every_linear` are the modules before skips: skipping some must not move the slices of blocks.
 
     Raises:
         LoftqError: a rule of `bits_for` matches nothing.
     """
-    for glob in config.bits_for:
-        if not any(fnmatchcase(module, glob) for module in linears.values()):
+    every_linear = list(every_linear)
+    selected = {glob: _select(glob, every_linear).intersection(linears.values()) for glob in config.bits_for}
+    for glob, modules in selected.items():
+        if not modules:
             raise _no_match("--bits-for", glob, linears.values())
     jobs = []
     for tensor, module in linears.items():
         info = checkpoint.tensors[tensor]
         m, n = info.shape
-        matching = [bits for glob, bits in config.bits_for.items() if fnmatchcase(module, glob)]
+        matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
         block = BLOCK.match(module)
         assert config.quantizer is not None
         jobs.append(
@@ -141,10 +149,39 @@ def make_jobs(checkpoint: Checkpoint, linears: dict[str, str], config: QuantizeC
                 bits=matching[-1] if matching else config.bits,  # the last rule wins, as in a .gitignore
                 group_size=config.group_size,
                 quantizer=config.quantizer,
-                block=block[1] if block else None,
+                block=block[0] if block else None,
             )
         )
     return tuple(jobs)
+
+
+def _select(rule: str, modules: Iterable[str]) -> set[str]:
+    """The modules that a rule of `bits_for` is for: a glob, or `blocks[a:b]`, a slice of the transformer's blocks.
+
+    Bounds are those of a Python slice, or shares of the depth: `blocks[:50%]` is the first half, `blocks[-1:]` the last
+    one. A model with several lists of blocks, as of an encoder and a decoder, is sliced in each.
+    """
+    if (bounds := SLICE.fullmatch(rule)) is None:
+        return {module for module in modules if fnmatchcase(module, rule)}
+    numbers: dict[str, dict[int, list[str]]] = {}
+    for module in modules:
+        if block := BLOCK.match(module):
+            numbers.setdefault(block[1], {}).setdefault(int(block[2]), []).append(module)
+    found: set[str] = set()
+    for of_list in numbers.values():
+        depth = max(of_list) + 1
+        start, stop = (_bound(text, depth) for text in bounds.groups())
+        for number in range(depth)[start:stop]:
+            found.update(of_list.get(number, ()))
+    return found
+
+
+def _bound(text: str, depth: int) -> int | None:
+    """One bound of a slice of `depth` blocks; of a share of them, to the nearest, and at least one."""
+    if not text.endswith("%"):
+        return int(text) if text else None
+    exact = float(text[:-1]) / 100 * depth
+    return math.floor(exact + 0.5) or math.ceil(exact)
 
 
 def _loaded_dtype(stored: torch.dtype, config: dict[str, Any]) -> torch.dtype:
@@ -168,7 +205,7 @@ def refuse_rank(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
 
 
 def refuse_ragged_groups(jobs: tuple[WeightJob, ...]) -> None:
-    """Refuse a group size that leaves a short last group: only `dense`, which stores no scales, can hold one.
+    """Refuse a group size that leaves a short last group, which only `packed` and `dense` can hold.
 
     Raises:
         LoftqError: with the sizes that divide every weight.
@@ -181,7 +218,7 @@ def refuse_ragged_groups(jobs: tuple[WeightJob, ...]) -> None:
     ways = f"sizes that divide every weight: {', '.join([*fitting, '-1 (a whole row)'])}"
     raise LoftqError(
         f"`--group-size {ragged[0].group_size}` does not divide in_features {ragged[0].shape[1]} of {_name(ragged)}",
-        f"{ways}; or `--skip` these, or `--format dense`, which pads the last group",
+        f"{ways}; or `--skip` these, or `--format packed`, where a last group may be short",
     )
 
 

@@ -53,11 +53,14 @@ def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:
         ({"bits": 4, "quantizer": "uniform"}, "gptq", "uniform"),
         ({"bits": 2}, "gptq", "uniform"),
         ({"bits": 8}, "gptq", "uniform"),
-        ({"bits": 2, "quantizer": "nf"}, "dense", "nf"),
+        ({"bits": 2, "quantizer": "nf"}, "packed", "nf"),
+        ({"bits": 4, "quantizer": "lloyd"}, "packed", "lloyd"),
+        ({"bits": 2, "format": "packed"}, "packed", "lloyd"),
+        ({"bits": 8, "format": "packed"}, "packed", "uniform"),
         ({"bits": 3, "format": "compressed-tensors"}, "compressed-tensors", "uniform-symmetric"),
         ({"bits": 4, "format": "gptq"}, "gptq", "uniform"),
-        ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "dense", "uniform"),
-        ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "dense", "uniform"),
+        ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "packed", "uniform"),
+        ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "packed", "uniform"),
     ],
 )
 def test_defaults(tiny_llama: Path, options: dict[str, object], format: str, quantizer: str) -> None:
@@ -73,6 +76,67 @@ def test_bits_for_the_last_matching_rule_wins(tiny_llama: Path) -> None:
     assert bits["model.layers.0.mlp.up_proj"] == 4
     assert bits["model.layers.0.mlp.down_proj"] == 8
     assert bits["model.layers.1.mlp.up_proj"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "blocks"),
+    [
+        ("blocks[:50%]", range(0, 5)),
+        ("blocks[:25%]", range(0, 3)),  # of ten, two and a half
+        ("blocks[:12.5%]", range(0, 1)),
+        ("blocks[:1%]", range(0, 1)),
+        ("blocks[25%:75%]", range(3, 8)),
+        ("blocks[-2:]", range(8, 10)),
+        ("blocks[4:6]", range(4, 6)),
+        ("blocks[:]", range(0, 10)),
+        ("blocks[:900]", range(0, 10)),
+    ],
+)
+def test_bits_for_a_slice_of_the_blocks(rule: str, blocks: range, tmp_path: Path) -> None:
+    found = plan(save_llama(tmp_path / "deep", num_hidden_layers=10), rank=4, bits=2, bits_for=[f"{rule}=4"])
+    four = {job.module for job in found.jobs if job.bits == 4}
+    assert four == {job.module for job in found.jobs if int(job.module.split(".")[2]) in blocks}
+
+
+def test_each_list_of_blocks_is_sliced_by_its_own_depth() -> None:
+    from loftq_cli.jobs import _select
+
+    modules = [f"encoder.block.{i}.layer.0.q" for i in range(4)] + [f"decoder.block.{i}.layer.1.q" for i in range(8)]
+    assert _select("blocks[:50%]", [*modules, "head"]) == {*modules[:2], *modules[4:8]}
+
+
+@pytest.mark.parametrize("skip", ["*.layers.[0-4].*", "*.layers.[5-9].*", "*.mlp.*"])
+def test_skips_move_no_slice_of_the_blocks(skip: str, tmp_path: Path) -> None:
+    deep = save_llama(tmp_path / "deep", num_hidden_layers=10)
+    found = plan(deep, rank=4, bits=2, bits_for=["blocks[30%:70%]=4"], skip=(skip,))
+    bits = {(int(job.module.split(".")[2]), job.bits) for job in found.jobs}
+    blocks = {number for number, _ in bits}
+    assert bits == {(number, 4 if 3 <= number < 7 else 2) for number in blocks}
+    with pytest.raises(LoftqError, match="matches no linear layer"):
+        plan(deep, rank=4, bits=2, bits_for=["blocks[:1]=4"], skip=("*.layers.0.*",))
+
+
+@pytest.mark.parametrize(
+    "rule", ["blocks[5:5]", "blocks[:0%]", "blocks[:50]x", "blocks[a:]", "blocks[:1.2.3%]", "blocks[:.%]"]
+)
+def test_a_slice_of_nothing_is_refused(rule: str, tiny_llama: Path) -> None:
+    with pytest.raises(LoftqError, match="matches no linear layer") as refused:
+        plan(tiny_llama, rank=4, bits=2, bits_for={rule: 4})
+    assert "blocks[:50%]" in refused.value.hint
+
+
+@pytest.mark.parametrize(("config", "average"), [("paper-3bit", 3.0), ("paper-2.5bit", 2.5), ("paper-2.25bit", 2.25)])
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_the_papers_mixed_precision_at_any_depth(config: str, average: float, format: str, tmp_path: Path) -> None:
+    from loftq_cli.config import load_config
+
+    model = save_llama(tmp_path / "deep", num_hidden_layers=8)
+    file = Path(__file__).parents[1] / "configs" / f"{config}.yaml"
+    found = plan_quantize(str(model), load_config(file, {"device": "cpu", "format": format}))
+    assert sum(job.bits for job in found.jobs) / len(found.jobs) == average
+    assert {job.bits for job in found.jobs if job.block == "model.layers.0"} == {4}
+    with pytest.raises(LoftqError, match=r"one number of `bits`, not 4 .* and 2"):
+        plan_quantize(str(model), load_config(file, {"device": "cpu", "format": "gptq", "quantizer": "uniform"}))
 
 
 def test_bits_per_weight_counts_scales_zero_points_and_indices(tiny_llama: Path) -> None:
@@ -102,7 +166,7 @@ def test_bits_per_weight_counts_scales_zero_points_and_indices(tiny_llama: Path)
         (
             {"rank": 4, "bits": 2, "quantizer": "nf", "format": "gptq"},
             "`--format gptq` cannot hold this",
-            "--format dense",
+            "--format packed",
         ),
         ({"rank": 4, "bits": 2, "format": "bnb"}, "`--format bnb` cannot hold this.*2 bits", "--format gptq"),
         ({"rank": 4, "skip": ("model.*",)}, "no linear weight to quantize", "--skip"),
@@ -122,8 +186,19 @@ def test_rank_hint_is_the_largest_that_works(tiny_llama: Path) -> None:
     assert plan(tiny_llama, rank=64).config.rank == 64
 
 
-def test_dense_pads_a_short_last_group(tiny_llama: Path) -> None:
-    assert plan(tiny_llama, rank=4, bits=2, group_size=96, format="dense").jobs
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_a_short_last_group_has_a_place_in(format: str, tiny_llama: Path) -> None:
+    assert plan(tiny_llama, rank=4, bits=2, group_size=96, format=format, quantizer="uniform").jobs
+
+
+@pytest.mark.parametrize(
+    ("options", "scales"),
+    [({}, 16), ({"double_quant": True}, 8 + 32 / 256), ({"quantizer": "uniform"}, 16 + 2)],
+)
+def test_packed_stores_two_bits_and_little_more(tiny_llama: Path, options: dict[str, object], scales: float) -> None:
+    found = plan(tiny_llama, rank=4, bits=2, format="packed", **options)
+    assert found.bits_per_weight == pytest.approx(2 + scales / 64, abs=0.01)
+    assert found.bits_per_weight < 2.14 or not options.get("double_quant")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +206,8 @@ def test_dense_pads_a_short_last_group(tiny_llama: Path) -> None:
     [
         ({"bits": 5}, "`--bits 5`"),
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
+        ({"quantizer": "lloyd", "bits_for": {"*.down_proj": 8}}, "lloyd has 2, 3 or 4 bits"),
+        ({"quantizer": "lloyd", "method": "cloq"}, "use the quantizer `uniform`, not `lloyd`"),
         ({"double_quant": True, "bits": 2}, "`--double-quant` quantizes the scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),
