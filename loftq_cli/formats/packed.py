@@ -112,7 +112,7 @@ def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tens
     if like.codebook is not None:
         codebook = get("codebook", torch.float32, 2**like.bits)
     elif like.symmetric:
-        zero_point = torch.full((m, groups), 2 ** (like.bits - 1), dtype=torch.uint8)
+        zero_point = torch.full((m, groups), 2 ** (like.bits - 1), dtype=torch.uint8, device=codes.device)
     else:
         words = get("zero_point", torch.int32, math.ceil(m * groups * like.bits / 32))
         zero_point = unpack(words[None], like.bits, m * groups).view(m, groups)
