@@ -440,6 +440,26 @@ def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path
         assert here["held_out_output_error"] == pytest.approx(there["held_out_output_error"], rel=0.25)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"format": "gptq"},
+        {"format": "packed", "quantizer": "uniform"},
+        {"format": "packed", "quantizer": "uniform-symmetric"},
+        {"format": "packed", "quantizer": "lloyd", "double_quant": True, "method": "qera"},
+        {"format": "compressed-tensors", "bits": 4},
+        {"format": "bnb", "bits": 4, "quantizer": "nf", "double_quant": True, "method": "qera", "group_size": 64},
+    ],
+    ids=str,
+)
+def test_a_gpu_reads_back_every_format(speaking: Path, text: Path, tmp_path: Path, more: Any) -> None:
+    config = {**options(text, method="cloq"), "device": "cuda", **more}
+    pipeline.quantize(speaking, tmp_path / "out", **config)
+    assert verify(tmp_path / "out", str(speaking)).violations == ()
+
+
 def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_path: Path) -> None:
     reports = []
     for budget in (None, 0):

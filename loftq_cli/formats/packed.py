@@ -121,7 +121,9 @@ def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tens
     else:
         absmax = get("scale_absmax", torch.float32, math.ceil(m * groups / NESTED_BLOCK))
         offset = get("scale_offset", torch.float32, 1)
-        nested = NestedScale(get("scale", torch.uint8, m, groups).view(-1), absmax, dynamic_codebook(), offset)
+        nested = NestedScale(
+            get("scale", torch.uint8, m, groups).view(-1), absmax, dynamic_codebook(codes.device), offset
+        )
         scale = unnest(nested).view(m, groups)
     return dequantize(replace(like, codes=codes, scale=scale, zero_point=zero_point, codebook=codebook, nested=None))
 
