@@ -35,7 +35,17 @@ import bench_perplexity
 import bench_profile
 import bench_quantize
 import bench_runtime
-from bench_common import GROUP_SIZE, HERE, ITERS, RANK, full_svd_loop, now, print_table, relative, save, table_row
+from bench_common import (
+    GROUP_SIZE,
+    ITERS,
+    RANK,
+    fill_readme,
+    full_svd_loop,
+    now,
+    print_table,
+    relative,
+    save,
+)
 
 COLUMNS = {  # of the printed tables, with their format specifications
     "table": {
@@ -240,27 +250,6 @@ def agree(model: str) -> None:
     save("agree", rows, model=Path(model).name, group_size=GROUP_SIZE, rank=RANK, iters=ITERS)
 
 
-def readme() -> None:
-    """Replace each `<!-- NAME -->` … `<!-- end -->` of README.md by the table of scripts/results/NAME.json."""
-    path = HERE.parent.parent / "README.md"
-    text = path.read_text(encoding="utf-8")
-    for file in sorted(HERE.glob("*.json")):
-        start, end = f"<!-- {file.stem} -->", "<!-- end -->"
-        if start not in text:
-            print(f"README.md has no {start}", file=sys.stderr)
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        columns = COLUMNS[file.stem.partition("-cuda")[0]]
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += [table_row(row, columns) for row in content["rows"]]
-        here = content["machine"]
-        place = here["gpu"] or f"{here['cores']} cores of {here['cpu']}"
-        lines += ["", f"`{content['command']}` on {place}, torch {here['torch']}."]
-        before, _, rest = text.partition(start)
-        text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
-    path.write_text(text, encoding="utf-8")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("table", "svd", "loop", "agree", "quantize", "profile", "calibrate", "readme"))
@@ -277,6 +266,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--svd-rounds", type=int, help="time so many of its rounds and multiply")
     group.add_argument("--svd-seconds", type=float, default=60, help="where all rounds take longer, time one")
     group.add_argument("--per-shape", type=int, default=1, help="weights of each shape to time")
+    parser.add_argument("--code-lr", type=float, help="calibrate: of apiq-bw; 0 lets the codes stay")
     arguments = parser.parse_args()
     if arguments.model is None and arguments.what not in ("loop", "readme"):
         parser.error(f"{arguments.what} needs a MODEL")
@@ -291,11 +281,12 @@ if __name__ == "__main__":
     arguments = vars(parse())
     what, model = arguments.pop("what"), arguments.pop("model")
     if what in ("loop", "readme"):
-        {"loop": loop, "readme": readme}[what]()
+        loop() if what == "loop" else fill_readme(COLUMNS)
     elif what == "quantize":
+        del arguments["code_lr"]
         bench_quantize.quantize(Path(model), **arguments)
     elif what == "calibrate":
-        bench_calibrate.calibrate(Path(model), rank=arguments["rank"])
+        bench_calibrate.calibrate(Path(model), rank=arguments["rank"], code_lr=arguments["code_lr"])
     elif what == "profile":
         bench_profile.profile(Path(model))
     else:

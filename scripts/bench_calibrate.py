@@ -27,7 +27,9 @@ WHOLE = {"llama": 32, "qwen3_moe": 48}  # layers, by type of model
 OF_A_RUN = 20  # epochs, as published
 
 
-def calibrate(model: Path, samples: int = 128, seqlen: int = 2048, rank: int = RANK) -> None:
+def calibrate(
+    model: Path, samples: int = 128, seqlen: int = 2048, rank: int = RANK, code_lr: float | None = None
+) -> None:
     """Measure, print, save."""
     config = json.loads((model / "config.json").read_text())
     layers, whole = config["num_hidden_layers"], WHOLE[config["model_type"]]
@@ -62,7 +64,8 @@ def calibrate(model: Path, samples: int = 128, seqlen: int = 2048, rank: int = R
         return float(rows[-1]["whole model, min"])
 
     run("cloq", "--method", "cloq")
-    few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n)) for n in EPOCHS)
+    rate = [] if code_lr is None else ["--code-lr", str(code_lr)]
+    few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n), *rate) for n in EPOCHS)
     minutes = few + (more - few) / (EPOCHS[1] - EPOCHS[0]) * (OF_A_RUN - EPOCHS[0])
     unknown = dict.fromkeys(("wall, s", "s per block", "device, GiB", "host, GiB"))
     rows.append(

@@ -70,6 +70,27 @@ def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
         print(table_row(row, columns), flush=True)
 
 
+def fill_readme(tables: dict[str, dict[str, str]]) -> None:
+    """Replace each `<!-- NAME -->` … `<!-- end -->` of README.md by the table of scripts/results/NAME.json."""
+    path = HERE.parent.parent / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for file in sorted(HERE.glob("*.json")):
+        start, end = f"<!-- {file.stem} -->", "<!-- end -->"
+        if start not in text:
+            print(f"README.md has no {start}", file=sys.stderr)
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        columns = tables[file.stem.partition("-cuda")[0]]
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += [table_row(row, columns) for row in content["rows"]]
+        here = content["machine"]
+        place = here["gpu"] or f"{here['cores']} cores of {here['cpu']}"
+        lines += ["", f"`{content['command']}` on {place}, torch {here['torch']}."]
+        before, _, rest = text.partition(start)
+        text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    path.write_text(text, encoding="utf-8")
+
+
 def say(*words: object) -> None:
     """Progress, at once: a command that is cut off shows how far it came."""
     print(*words, file=sys.stderr, flush=True)

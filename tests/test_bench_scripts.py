@@ -176,7 +176,7 @@ def test_a_row_of_another_model_stays(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert [row["files that differ from the first row's"] for row in rows] == [[], ["a"], []]
     assert rows[2]["wall / floor"] == 2
     assert rows[2]["error ratio"] == pytest.approx(1.5)
-    assert "| 7 | 1.5000 |" in bench.table_row(rows[2], bench.COLUMNS["quantize"])
+    assert "| 7 | 1.5000 |" in sys.modules["bench_common"].table_row(rows[2], bench.COLUMNS["quantize"])
 
 
 def test_memory_of_a_process_and_its_children() -> None:
@@ -293,7 +293,7 @@ def test_the_runtime_is_measured_on_any_device(
         assert row["of its bytes"] <= 1.02
         assert row["training step, ms"] > 0 < row["decode step, ms"]
     printed = capsys.readouterr().out
-    assert all(bench.table_row(row, bench.COLUMNS["runtime"]) in printed for row in rows)
+    assert all(sys.modules["bench_common"].table_row(row, bench.COLUMNS["runtime"]) in printed for row in rows)
 
 
 def test_calibrate_extrapolates_from_a_few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

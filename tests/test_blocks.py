@@ -94,7 +94,7 @@ def streamed(folder: Path, paths: list[str], tokens: Tensor) -> dict[str, list[T
                     hidden = stream.outputs(stack, number, block, activations)
                 assert all(parameter.is_meta for parameter in block.parameters())
                 activations = type(activations)(hidden, ends)
-                left.setdefault(stack.path, []).append(hidden.whole())
+                left.setdefault(stack.path, []).append(torch.cat([hidden[part] for part in parts]))
             ends[stack.path] = activations.hidden
     return left
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,5 +54,5 @@ def test_measured_tables_are_those_of_the_results() -> None:
             continue
         rows = json.loads(file.read_text())["rows"]
         for row in rows:
-            printed = bench.table_row(row, bench.COLUMNS[file.stem.partition("-cuda")[0]])
+            printed = sys.modules["bench_common"].table_row(row, bench.COLUMNS[file.stem.partition("-cuda")[0]])
             assert printed in README, f"{file.name}: {printed}"

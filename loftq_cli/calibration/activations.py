@@ -47,10 +47,6 @@ class Activations:
         assert len(found) == rows.stop - rows.start, "samples of two pieces"
         return found
 
-    def whole(self) -> Tensor:
-        """A copy in one piece."""
-        return torch.cat(self._pieces)
-
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     path = folder / f"activations-{uuid.uuid4().hex}"

@@ -9,6 +9,7 @@ of the error by it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -35,7 +36,7 @@ REFINEMENTS = 2  # least-squares steps from the best of them
 
 
 @dataclass(frozen=True)
-class SearchedCodebook:
+class SearchedCodebook(ABC):
     """What the quantizers below share: a scale of least squared error per group of consecutive inputs of a row.
 
     Args:
@@ -51,9 +52,9 @@ class SearchedCodebook:
     double_quant: bool = False
     supported_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
 
+    @abstractmethod
     def levels(self) -> Sequence[float]:
         """The codebook, ascending."""
-        raise NotImplementedError
 
     def quantize(self, W: Tensor) -> QuantizedWeight:
         """Quantize `W` [m, n]. A group whose scale is beyond fp16 dequantizes to inf or NaN, never to a silent clip."""
