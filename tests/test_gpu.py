@@ -12,7 +12,7 @@ import torch
 
 from loftq_cli import quantize
 from loftq_cli.checkpoint.reader import read_tensor
-from loftq_cli.config import QuantizeConfig
+from loftq_cli.config import GRIDS, QuantizeConfig
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.quantizers import QUANTIZERS, Uniform, UniformSymmetric, uniform
@@ -31,8 +31,8 @@ pytestmark = [
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_codes_equal_those_of_the_cpu_except_ties(quantizer: str, bits: int) -> None:
-    if quantizer == "nf" and bits == 8:
-        return
+    if bits == 8 and quantizer not in GRIDS:
+        pytest.skip("codebooks have up to 4 bits")
     W = torch.distributions.StudentT(3.0).sample((384, 512)) * 0.02
     quantize_one = QUANTIZERS[quantizer](bits=bits, group_size=64).quantize
     here, there = quantize_one(W), quantize_one(W.cuda())
