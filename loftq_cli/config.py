@@ -69,10 +69,10 @@ class QuantizeConfig(BaseModel):
     epochs: int | None = Field(default=None, ge=1)
     factor_lr: float = Field(default=5e-4, gt=0)
     clip_lr: float = Field(default=5e-3, gt=0)
-    code_lr: float = Field(default=1e-3, ge=0)
+    code_lr: float = Field(default=2e-3, ge=0)
     augmented: bool = False
     finish_epochs: int = Field(default=0, ge=0)
-    finish_lr: float = Field(default=2e-4, gt=0)
+    finish_lr: float = Field(default=5e-4, gt=0)
     activation_budget: float | None = Field(default=None, ge=0, exclude=True)  # decides no byte, so nobody records it
 
     revision: str | None = None

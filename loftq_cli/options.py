@@ -119,7 +119,7 @@ ClipLr = Annotated[
 CodeLr = Annotated[
     float | None,
     typer.Option(
-        help="apiq-bw: of the codes, in steps of the grid; 0 leaves them as the start has them. \\[default: 1e-3]",
+        help="apiq-bw: of the codes, in steps of the grid; 0 leaves them as the start has them. \\[default: 2e-3]",
         rich_help_panel=CALIBRATION,
     ),
 ]
@@ -139,7 +139,7 @@ FinishEpochs = Annotated[
     ),
 ]
 FinishLr = Annotated[
-    float | None, typer.Option(help="Its learning rate. \\[default: 2e-4]", rich_help_panel=CALIBRATION)
+    float | None, typer.Option(help="Its learning rate. \\[default: 5e-4]", rich_help_panel=CALIBRATION)
 ]
 ActivationBudget = Annotated[
     float | None,

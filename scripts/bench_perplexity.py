@@ -40,6 +40,8 @@ ARMS = {  # name → what it adds to `loftq quantize`
     "apiq-lw": f"--method apiq-lw {UNIFORM}",
     "apiq-bw": f"--method apiq-bw {UNIFORM}",
     "apiq-bw-paper": f"--method apiq-bw --init qlora --epochs 20 {UNIFORM}",
+    "cloq-finish": f"--method cloq --finish-epochs 4 {UNIFORM}",
+    "apiq-bw-finish": f"--method apiq-bw --finish-epochs 4 {UNIFORM}",
 }
 WITHOUT_TEXT = ("loftq", "qlora")  # every other method is calibrated
 COLUMNS = {  # an untuned 2-bit model can be thousands of times worse, so digits are counted, not decimals

@@ -96,8 +96,9 @@ def test_a_product_with_few_inputs_is_the_twins(bits: int, grid: str, with_bias:
             ours = multiply(x.to(DEVICE), there(packed), None if bias is None else bias.to(DEVICE))
             assert ours.shape == (1, inputs, m)
             assert ours.dtype == dtype
-            wanted = x.double() @ by_torch(packed, dtype).double().T + (0 if bias is None else bias.double())
-            size = x.double().abs() @ by_torch(packed, dtype).double().abs().T + 1
+            W = by_torch(packed, F32).double()
+            wanted = x.double() @ W.T + (0 if bias is None else bias.double())
+            size = x.double().abs() @ W.abs().T + 1
             unit = {F32: 2**-22, F16: 2**-10, BF16: 2**-7}[dtype]
             assert ((ours.cpu().double() - wanted).abs() <= unit * wanted.abs() + 2**-21 * size).all(), (m, n, dtype)
 

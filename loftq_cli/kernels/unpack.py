@@ -20,7 +20,7 @@ except ImportError:
 VALUES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RUN = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that begin and end with a word
 ROWS, COLUMNS = 8, 512  # of the tile of one program that unpacks
-PRODUCT_ROWS, PRODUCT_COLUMNS = 4, 1024  # of one that multiplies, at a time
+PRODUCT_ROWS, PRODUCT_COLUMNS, WARPS = 4, 4096, 4  # of one that multiplies, at a time
 MOST_INPUTS = 8  # of a product
 
 
@@ -38,15 +38,14 @@ def unpack_weight(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """Return `x @ weight.T + bias` [inputs, m] for `x` [inputs, n], at most `MOST_INPUTS`; sums are float32."""
+    """Return `x @ weight.T + bias` [inputs, m] for `x` [inputs, n], at most `MOST_INPUTS`, computed in float32."""
     inputs, m, run = x.shape[0], packed.shape[0], RUN[packed.bits]
     x = x.contiguous()
     result = torch.empty(inputs, m, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        multiply_kernel[(triton.cdiv(m, PRODUCT_ROWS),)](
-            result, x, bias, inputs, **packed.arguments(), INPUTS=triton.next_power_of_2(inputs),
-            VALUES=VALUES[x.dtype], ROWS=PRODUCT_ROWS, RUN=run, RUNS=PRODUCT_COLUMNS // run,
-            num_warps=4, enable_fp_fusion=False,
+        multiply_kernel[(triton.cdiv(m, PRODUCT_ROWS), inputs)](
+            result, x, bias, **packed.arguments(), VALUES=VALUES[x.dtype],
+            ROWS=PRODUCT_ROWS, RUN=run, RUNS=PRODUCT_COLUMNS // run, num_warps=WARPS,
         )  # fmt: skip
     return result
 
@@ -79,6 +78,48 @@ def run_of_codes(pointer, run, words, mask, lane, BITS: tl.constexpr):
         code = (low >> shift) | tl.where(shift > 29, high << ((32 - shift) & 31), 0)
     else:
         code = tl.load(pointer + run, mask=mask, other=0).to(tl.uint32, bitcast=True) >> (lane * BITS).to(tl.uint32)
+    return (code & (2**BITS - 1)).to(tl.int32)
+
+
+@triton.jit
+def scale_at(group, live, scale, absmax, offset, levels, zero_point, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Scale and zero point of groups, float32."""
+    s = tl.load(scale + group, mask=live, other=0)
+    if absmax is not None:
+        s = tl.load(levels + s.to(tl.int32), mask=live, other=0.0)
+        s = s * tl.load(absmax + group // BLOCK, mask=live, other=0.0) + tl.load(offset)
+    if zero_point is not None:
+        return s.to(tl.float32), code_at(zero_point, group, live, BITS).to(tl.float32)
+    else:
+        return s.to(tl.float32), tl.full((), 2 ** (BITS - 1), tl.float32)
+
+
+@triton.jit
+def level_of(code, zero, codebook, BITS: tl.constexpr):
+    """What codes stand for, in scales."""
+    if codebook is None:
+        return code.to(tl.float32) - zero
+    elif BITS == 2:  # choosing is quicker than looking up
+        odd = (code & 1) != 0
+        below = tl.where(odd, tl.load(codebook + 1), tl.load(codebook))
+        return tl.where(code > 1, tl.where(odd, tl.load(codebook + 3), tl.load(codebook + 2)), below)
+    else:
+        return tl.load(codebook + code)
+
+
+@triton.jit
+def code_in_run(first, second, third, j: tl.constexpr, BITS: tl.constexpr):
+    """Code number `j` of a run of these words."""
+    shift: tl.constexpr = j * BITS % 32
+    if j * BITS // 32 == 0:
+        low, high = first, second
+    elif j * BITS // 32 == 1:
+        low, high = second, third
+    else:
+        low, high = third, third
+    code = low >> shift
+    if shift + BITS > 32:
+        code |= high << (32 - shift)
     return (code & (2**BITS - 1)).to(tl.int32)
 
 
@@ -119,23 +160,9 @@ def weights(
         live = inside
         code = code_at(codes + row * words, column, live, BITS)
         group = row * groups + column // G
-    s = tl.load(scale + group, mask=live, other=0)
-    if absmax is not None:
-        s = tl.load(levels + s.to(tl.int32), mask=live, other=0.0)
-        s = s * tl.load(absmax + group // BLOCK, mask=live, other=0.0) + tl.load(offset)
-    if codebook is None:
-        value = code.to(tl.float32)
-        if zero_point is not None:
-            value -= code_at(zero_point, group, live, BITS).to(tl.float32)
-        else:
-            value -= 2 ** (BITS - 1)
-    elif BITS == 2:  # choosing is quicker than looking up
-        odd = (code & 1) != 0
-        below = tl.where(odd, tl.load(codebook + 1), tl.load(codebook))
-        value = tl.where(code > 1, tl.where(odd, tl.load(codebook + 3), tl.load(codebook + 2)), below)
-    else:
-        value = tl.load(codebook + code)
-    return tl.where(inside, (value * s.to(tl.float32)).to(VALUES).to(tl.float32), 0.0)
+    s, zero = scale_at(group, live, scale, absmax, offset, levels, zero_point, BITS, BLOCK)
+    value = level_of(code, zero, codebook, BITS)
+    return tl.where(inside, (value * s).to(VALUES).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -158,28 +185,46 @@ def unpack_kernel(
 
 @triton.jit
 def multiply_kernel(
-    result, x, bias, inputs, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups,
-    G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, INPUTS: tl.constexpr,
-    VALUES: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+    result, x, bias, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups,
+    G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, VALUES: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` outputs of every input."""
-    first = tl.program_id(0) * ROWS
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
-    lane = tl.arange(0, RUN)[None, None, :]
-    number = tl.arange(0, INPUTS)
-    total = tl.zeros((INPUTS, ROWS), tl.float32)
+    """`ROWS` outputs of one input.
+
+    Where groups are made of whole runs, which is the rule, a run is summed before its scale: no weight is made at all.
+    """
+    first, number = tl.program_id(0) * ROWS, tl.program_id(1)
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    total = tl.zeros((ROWS, RUNS), tl.float32)
     for start in range(0, tl.cdiv(n, RUN), RUNS):
-        run = (start + tl.arange(0, RUNS))[None, :, None]
-        w = weights(
-            row, run, lane, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups, G, BITS,
-            BLOCK, RUN, VALUES,
-        )  # fmt: skip
-        column = run * RUN + lane
-        for i in tl.static_range(INPUTS):
-            some = tl.load(x + i * n + column, mask=(column < n) & (i < inputs), other=0.0).to(tl.float32)
-            total += tl.where((number == i)[:, None], tl.sum(tl.sum(w * some, 2), 1)[None, :], 0.0)
-    outputs = (first + tl.arange(0, ROWS))[None, :]
+        run = (start + tl.arange(0, RUNS))[None, :]
+        live = (row < m) & (run * RUN < n)
+        begin = run * (RUN * BITS // 32)
+        word = codes + row * words + begin
+        one = tl.load(word, mask=live, other=0).to(tl.uint32, bitcast=True)
+        two, three = one, one
+        if BITS == 3:
+            two = tl.load(word + 1, mask=live & (begin + 1 < words), other=0).to(tl.uint32, bitcast=True)
+            three = tl.load(word + 2, mask=live & (begin + 2 < words), other=0).to(tl.uint32, bitcast=True)
+        group = row * groups
+        if G % RUN == 0:
+            s, zero = scale_at(group + run * RUN // G, live, scale, absmax, offset, levels, zero_point, BITS, BLOCK)
+        some = tl.zeros((ROWS, RUNS), tl.float32)
+        for j in tl.static_range(RUN):
+            column = run * RUN + j
+            code = code_in_run(one, two, three, j, BITS)
+            value = tl.load(x + number * n + column, mask=column < n, other=0.0).to(tl.float32)
+            if G % RUN == 0:
+                some += level_of(code, zero, codebook, BITS) * value
+            else:
+                inside = (row < m) & (column < n)
+                s, zero = scale_at(group + column // G, inside, scale, absmax, offset, levels, zero_point, BITS, BLOCK)
+                some += level_of(code, zero, codebook, BITS) * s * value
+        if G % RUN == 0:
+            some *= s
+        total += tl.where(live, some, 0.0)
+    output = first + tl.arange(0, ROWS)
+    outputs = tl.sum(total, 1)
     if bias is not None:
-        total += tl.load(bias + outputs, mask=outputs < m, other=0.0).to(tl.float32)
-    inside = (outputs < m) & (number < inputs)[:, None]
-    tl.store(result + number[:, None] * m + outputs, total.to(VALUES), mask=inside)
+        outputs += tl.load(bias + output, mask=output < m, other=0.0).to(tl.float32)
+    tl.store(result + number * m + output, outputs.to(VALUES), mask=output < m)
