@@ -33,11 +33,13 @@ def calibrate(
     """Measure, print, save."""
     config = json.loads((model / "config.json").read_text())
     layers, whole = config["num_hidden_layers"], WHOLE[config["model_type"]]
+    rate = [] if code_lr is None else ["--code-lr", f"{code_lr:g}"]
+    bench = " ".join(["python scripts/bench.py calibrate MODEL", *rate])
     rows: list[dict[str, Any]] = []
 
     def run(name: str, *flags: str) -> float:
         with tempfile.TemporaryDirectory() as work:
-            command = [
+            quantize = [
                 sys.executable,
                 "-m",
                 "loftq_cli",
@@ -49,7 +51,8 @@ def calibrate(
                 "--rank",
                 str(rank),
             ]
-            command += ["--samples", str(samples), "--seqlen", str(seqlen), *flags, str(model), f"{work}/out"]
+            windows = ["--samples", str(samples), "--seqlen", str(seqlen)]
+            command = [*quantize, *windows, *flags, str(model), f"{work}/out"]
             result = run_process(command)
         totals = json.loads(result["output"])["totals"]
         say(f"  {name}: {result['wall']:.1f} s, {totals['seconds']}")
@@ -60,16 +63,15 @@ def calibrate(
             "whole model, min": (result["wall"] + totals["seconds"]["total"] * (whole - layers) / layers) / 60,
             "seconds of the report": totals["seconds"],
         })  # fmt: skip
-        save("calibrate", rows)
+        save("calibrate", rows, command=bench)
         return float(rows[-1]["whole model, min"])
 
     run("cloq", "--method", "cloq")
-    rate = [] if code_lr is None else ["--code-lr", str(code_lr)]
     few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n), *rate) for n in EPOCHS)
     minutes = few + (more - few) / (EPOCHS[1] - EPOCHS[0]) * (OF_A_RUN - EPOCHS[0])
     unknown = dict.fromkeys(("wall, s", "s per block", "device, GiB", "host, GiB"))
     rows.append(
         {**rows[-1], **unknown, "method": f"apiq-bw, {OF_A_RUN} epochs, extrapolated", "whole model, min": minutes}
     )
-    save("calibrate", rows)
+    save("calibrate", rows, command=bench)
     print_table(rows, COLUMNS)
