@@ -33,6 +33,8 @@ UNIFORM = "--quantizer uniform --format dense"  # dense, so that every arm is co
 ARMS = {  # name → what it adds to `loftq quantize`
     "qlora-nf": "--method qlora --quantizer nf --format dense",
     "loftq-nf": "--method loftq --quantizer nf --format dense",  # LoftQ as published
+    "loftq-lloyd": "--method loftq --quantizer lloyd --format dense",
+    "loftq-lloyd-packed": "--method loftq --quantizer lloyd --format packed",  # the same model, as it is trained
     "qlora": f"--method qlora {UNIFORM}",
     "loftq": f"--method loftq {UNIFORM}",
     "qera": f"--method qera {UNIFORM}",

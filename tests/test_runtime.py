@@ -670,8 +670,9 @@ def test_trains_under_the_trainer(outputs: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_trains_under_sft_trainer(outputs: tuple[Path, Path], tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
+
     model = attach(load(outputs[0]), outputs[0])
     table = datasets.table.InMemoryTable.from_pylist([{"input_ids": TOKENS[0].tolist()}] * 4)
     data = datasets.Dataset(table, fingerprint="tokens")
