@@ -251,7 +251,7 @@ def finish(
 
     adapter.set_metadata(adapter_metadata(base_fingerprint(base_files)))
     files = {**base_files, ADAPTER_FILE: adapter.finish()}
-    adapter_config = peft_adapter.adapter_config(plan, str(out.resolve()), plan.module_names)
+    adapter_config = peft_adapter.adapter_config(plan, str(out.resolve()), plan.targets.module_names)
     write_file(out / ADAPTER_CONFIG, _json_bytes(adapter_config))
     for name in plan.checkpoint.side_files:
         copy_file(plan.checkpoint.path(name), out / name)

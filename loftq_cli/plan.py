@@ -58,7 +58,10 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be done. `config` has every default decided; `notes` are sentences for the user."""
+    """All that will be done.
+
+    `config` has every default decided; `notes` are sentences for the user; `skipped` are those of `targets` and more.
+    """
 
     checkpoint: Checkpoint
     config: QuantizeConfig
@@ -68,13 +71,7 @@ class Plan:
     adapter_layout: tuple[TensorSpec, ...]
     skipped: dict[str, str]
     skipped_linears: tuple[str, ...]
-    module_names: tuple[str, ...]
-    architecture: str
-    auto_class: str
-    model_classes: dict[str, str]
-    task_type: str | None
-    main_input_name: str
-    has_fused_experts: bool
+    targets: Targets
     notes: tuple[str, ...]
     _stored: dict[object, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -201,13 +198,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             adapter_layout=_adapter_layout(jobs, chosen),
             skipped=skipped,
             skipped_linears=skipped_linears,
-            module_names=targets.module_names,
-            architecture=targets.architecture,
-            auto_class=targets.auto_class,
-            model_classes=targets.model_classes,
-            task_type=targets.task_type,
-            main_input_name=targets.main_input_name,
-            has_fused_experts=targets.has_fused_experts,
+            targets=targets,
             notes=tuple(notes),
         )
 

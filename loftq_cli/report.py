@@ -60,7 +60,7 @@ def build_report(
         },
         "config": {**plan.config.model_dump(mode="json"), "device": device.type},
         "load": {
-            "auto_class": plan.auto_class,
+            "auto_class": plan.targets.auto_class,
             "requirements": list(plan.format.requirements),
             "imports": list(load_imports(plan.format)),
         },

@@ -20,6 +20,7 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
 
+PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # For the fallback only: parts of names that are two-dimensional weights but not linear layers, or never quantized.
@@ -42,6 +43,7 @@ class Targets:
         auto_class: what loads the model, e.g. `AutoModelForCausalLM`.
         model_classes: all that may load it or a part of it: Auto class → class; none for foreign code.
         has_fused_experts: some modules hold the weights of several experts in one parameter.
+        linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
         note: what the user must know about how the layers were found, or None.
     """
 
@@ -55,6 +57,7 @@ class Targets:
     task_type: str | None
     main_input_name: str
     has_fused_experts: bool = False
+    linear_subclass: str | None = None
     note: str | None = None
 
 
@@ -123,7 +126,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":
             skipped[info.name] = "bias" if info.name.endswith("bias") else "not a linear weight"
-        elif type(module) is not torch.nn.Linear:  # loaders of quantized layers pass over subclasses
+        elif not _is_linear(module):
             skipped[info.name] = _kind(module)
         elif module is head:
             skipped[info.name] = "output head"
@@ -161,6 +164,9 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         has_fused_experts=any(
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
         ),
+        linear_subclass=next(
+            (kind for name in linears.values() if (kind := type(modules[name]).__name__) != "Linear"), None
+        ),
     )
 
 
@@ -193,6 +199,10 @@ def _retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:
     patterns = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
     names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
     return names.get(patterns.get(model_type or "", ""), ())
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Linear or type(module).__name__ in PLAIN_SUBCLASSES
 
 
 def _is_replaceable(module: torch.nn.Module) -> bool:

@@ -34,39 +34,84 @@ WHISPER = {
 }  # fmt: skip
 IDS = {"input_ids": torch.arange(3, 15)[None]}
 
+SEQ2SEQ = {**IDS, "decoder_input_ids": torch.arange(4)[None]}
+PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)}
+VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 16,
+}  # fmt: skip
+DEEPSEEK = {
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
+CLIP = {
+    "text_config": {**SIZES, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "vision_config": VISION, "projection_dim": 64,
+}  # fmt: skip
+LLAVA = {
+    "text_config": {**DECODER, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"},
+    "image_token_index": 9, "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
+}  # fmt: skip
+
+
+def causal(family: str, **config: Any) -> Callable[[], Any]:
+    return lambda: getattr(tf, f"{family}ForCausalLM")(getattr(tf, f"{family}Config")(**config))
+
+
+def llava() -> Any:
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(**LLAVA))
+
+
+# name → how to make it, and what it is called with: a new family is one line
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
-    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), IDS),
-    "qwen2, biases": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), IDS),
-    "phi3, fused": (lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER, pad_token_id=0)), IDS),
-    "gpt-neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)), IDS),
+    "llama": (causal("Llama", **DECODER), IDS),
+    "mistral": (causal("Mistral", **DECODER), IDS),
+    "qwen2, biases": (causal("Qwen2", **DECODER), IDS),
+    "qwen3": (causal("Qwen3", **DECODER, head_dim=16), IDS),
+    "gemma3": (lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**DECODER, head_dim=16)), IDS),
+    "phi3, fused": (causal("Phi3", **DECODER, pad_token_id=0), IDS),
+    "gpt-neox": (causal("GPTNeoX", **SIZES), IDS),
+    "falcon": (causal("Falcon", **SIZES), IDS),
+    "bloom": (causal("Bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=160), IDS),
+    "opt": (causal("OPT", **{**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}), IDS),
+    "mixtral": (causal("Mixtral", **DECODER, num_local_experts=4), IDS),
+    "qwen3 moe": (causal("Qwen3Moe", **MOE, num_experts=4), IDS),
+    "deepseek v2": (causal("DeepseekV2", **{**MOE, "num_key_value_heads": 4, **DEEPSEEK}), IDS),
+    "deepseek v3": (causal("DeepseekV3", **{**MOE, "num_key_value_heads": 4, **DEEPSEEK}), IDS),
+    "gpt-oss": (causal("GptOss", **{**MOE, "num_local_experts": 4}), IDS),
     "llama, classifier": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, num_labels=3, pad_token_id=0)), IDS,
     ),
     "bert, classifier": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)), IDS),
     "bert, masked": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES)), IDS),
-    "t5": (
-        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, decoder_start_token_id=0)),
-        {**IDS, "decoder_input_ids": torch.arange(4)[None]},
+    "bert, questions": (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**SIZES)), IDS),
+    "roberta, tokens": (lambda: tf.RobertaForTokenClassification(tf.RobertaConfig(**SIZES)), IDS),
+    "deberta v2": (lambda: tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**SIZES)), IDS),
+    "modernbert": (
+        lambda: tf.ModernBertForMaskedLM(tf.ModernBertConfig(**SIZES, pad_token_id=0, cls_token_id=1, sep_token_id=2)),
+        IDS,
+    ),
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, decoder_start_token_id=0)), SEQ2SEQ),
+    "bart": (
+        lambda: tf.BartForConditionalGeneration(
+            tf.BartConfig(**{k: v for k, v in WHISPER.items() if not k.startswith(("num_mel", "max_"))})
+        ),
+        SEQ2SEQ,
     ),
     "whisper": (
         lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER)),
         {"input_features": torch.ones(1, 16, 64), "decoder_input_ids": torch.arange(4)[None]},
     ),
-    "qwen3 moe": (lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**MOE, num_experts=4)), IDS),
-    "deepseek v3": (
-        lambda: tf.DeepseekV3ForCausalLM(
-            tf.DeepseekV3Config(
-                **{**MOE, "num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1,
-                first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16,
-                qk_nope_head_dim=16, v_head_dim=16,
-            )
-        ),
-        IDS,
-    ),
+    "vit": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), PIXELS),
+    "clip": (lambda: tf.CLIPModel(tf.CLIPConfig(**CLIP)), {**IDS, **PIXELS}),
+    "llava": (llava, {"input_ids": torch.tensor([[3, 4, *[9] * 5, 5, 6]]), **PIXELS}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"bits": 2, "format": "dense"}, {"bits": 4}], ids=["2-bit dense", "4-bit auto"])
+OPTIONS = {"dense": {"bits": 2, "format": "dense"}, "packed": {"bits": 3, "format": "packed"}, "auto": {"bits": 4}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_printed_lines_load_what_the_report_says(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     make, inputs = FAMILIES[family]
@@ -100,7 +145,7 @@ def test_the_printed_lines_load_what_the_report_says(family: str, options: dict[
             error = ((W - base - delta).norm() / W.norm()).item()
             assert error == pytest.approx(row["relative_error"], rel=1e-3)
     output = model(**inputs)
-    (output.logits if hasattr(output, "logits") else output.last_hidden_state).float().square().sum().backward()
+    sum(value.float().square().sum() for value in output.values() if isinstance(value, torch.Tensor)).backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 

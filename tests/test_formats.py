@@ -101,6 +101,14 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+TARGETS = {
+    "architecture": "LlamaForCausalLM",
+    "main_input_name": "input_ids",
+    "has_fused_experts": False,
+    "linear_subclass": None,
+}
+
+
 def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> Any:
     """What the formats read of a `Plan`, for every linear of `model` but the head and `skip`."""
     _, quantizer, bits, group_size, dtype, double_quant = case
@@ -123,14 +131,11 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
     return SimpleNamespace(
         jobs=jobs,
         skipped_linears=skipped,
-        architecture=type(model).__name__,
-        task_type="CAUSAL_LM",
+        targets=SimpleNamespace(
+            **TARGETS, task_type="CAUSAL_LM", module_names=tuple(name for name, _ in model.named_modules())
+        ),
         config=SimpleNamespace(rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant),
         block_paths=("model.layers",),
-        main_input_name="input_ids",
-        model_type="llama",
-        has_fused_experts=False,
-        module_names=tuple(name for name, _ in model.named_modules()),
     )
 
 
@@ -173,7 +178,7 @@ def write_adapter(out: Path, plan: Any, zero_B: bool = False) -> None:
     folder = out / "loftq_init"
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = peft_adapter.adapter_config(plan, str(out), plan.module_names)
+    config = peft_adapter.adapter_config(plan, str(out), plan.targets.module_names)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -470,10 +475,8 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
     fields: dict[str, Any] = {
         "jobs": tuple(named),
         "skipped_linears": ("lm_head",),
-        "architecture": "LlamaForCausalLM",
+        "targets": SimpleNamespace(**{name: overrides.pop(name, value) for name, value in TARGETS.items()}),
         "block_paths": tuple(paths),
-        "main_input_name": "input_ids",
-        "has_fused_experts": False,
         "config": SimpleNamespace(double_quant=False),
     }
     return SimpleNamespace(**{**fields, **overrides})
@@ -502,6 +505,8 @@ SECOND = "model.layers.1.q"
         ("gptq", plan_of([{}], architecture="BertForMaskedLM"), "BertForMaskedLM"),
         ("gptq", plan_of([{}], main_input_name="pixel_values"), "text models"),
         ("gptq", plan_of([{}], has_fused_experts=True), "experts"),
+        ("gptq", plan_of([{}], linear_subclass="FalconLinear"), "FalconLinear"),
+        ("bnb", plan_of([NF], linear_subclass="FalconLinear"), "FalconLinear"),
         ("gptq", plan_of([{"block": None}]), "`model.layers.0.q.weight` is in none"),
         ("gptq", plan_of([{}, {"block": "model.vision.3"}]), "`model.layers` and `model.vision`"),
         ("gptq", plan_of([{"block": "backbone.layers.0"}]), "backbone.layers"),

@@ -49,6 +49,8 @@ def why_not(plan: Plan) -> str | None:
             return f"bitsandbytes has blocks of {sizes} values, not {job.group_size} (`{job.tensor}`)"
         if job.dtype not in DTYPES:
             return f"bitsandbytes has no {job.dtype} (`{job.tensor}`)"
+    if plan.targets.linear_subclass is not None:
+        return f"its loader passes over `{plan.targets.linear_subclass}`, which is not quite torch's `Linear`"
     if plan.skipped_linears:
         # transformers' `should_convert_module`: a listed name is a regex for the start of a name, or its end
         starts = re.compile(rf"(?:{'|'.join(plan.skipped_linears)})(?:(?<=\.)|(?=\.|$))")

@@ -36,8 +36,9 @@ def why_not(plan: Plan) -> str | None:
     With `dequantize` it applies the first scheme of the config to every layer: a second bit width loads as garbage, and
     silently so if the first is the smaller. And it drops what is not packed from the experts that it fuses.
     """
-    if plan.has_fused_experts:
-        return f"its loader finds no weights for the experts of `{plan.architecture}` unless they are quantized too"
+    if plan.targets.has_fused_experts:
+        model = plan.targets.architecture
+        return f"its loader finds no weights for the experts of `{model}` unless they are quantized too"
     first = plan.jobs[0]
     for job in plan.jobs:
         if job.quantizer != "uniform-symmetric":

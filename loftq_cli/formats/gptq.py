@@ -49,10 +49,12 @@ def why_not(plan: Plan) -> str | None:
 
 
 def _why_not_model(plan: Plan) -> str | None:
-    if plan.main_input_name != "input_ids" or not plan.architecture.endswith("ForCausalLM"):
-        return f"its loader takes decoder-only text models, and `{plan.architecture}` is none"
-    if plan.has_fused_experts:
-        return f"its loader leaves the fused experts of `{plan.architecture}` random"
+    if plan.targets.main_input_name != "input_ids" or not plan.targets.architecture.endswith("ForCausalLM"):
+        return f"its loader takes decoder-only text models, and `{plan.targets.architecture}` is none"
+    if plan.targets.has_fused_experts:
+        return f"its loader leaves the fused experts of `{plan.targets.architecture}` random"
+    if plan.targets.linear_subclass is not None:
+        return f"its loader passes over `{plan.targets.linear_subclass}`, which is not quite torch's `Linear`"
     outside = next((job.tensor for job in plan.jobs if job.block is None), None)
     if outside is not None or len(plan.block_paths) != 1:
         where = f"`{outside}` is in none" if outside else " and ".join(f"`{path}`" for path in plan.block_paths)

@@ -152,7 +152,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
 
 def remote_code(plan: Plan) -> RemoteCode | None:
     """The runtime's own files, flat, and model classes whose import registers it; None for a model of foreign code."""
-    if plan.checkpoint.config.get("auto_map") or not plan.model_classes:
+    if plan.checkpoint.config.get("auto_map") or not plan.targets.model_classes:
         return None
     files = {}
     for path in TRAVELLING:
@@ -160,9 +160,9 @@ def remote_code(plan: Plan) -> RemoteCode | None:
         # transformers takes relative imports of neighbours only
         text = re.sub(r"from loftq_cli\.([\w.]+) import", lambda m: f"from .{_flat(m[1])} import", text)
         files[f"{_flat(path)}.py"] = text.encode()
-    names = "".join(f'    "{name}",\n' for name in sorted(set(plan.model_classes.values())))
+    names = "".join(f'    "{name}",\n' for name in sorted(set(plan.targets.model_classes.values())))
     files[f"{REMOTE_FILE}.py"] = REMOTE_TEXT.format(names=names).encode()
-    return RemoteCode({auto: f"{REMOTE_FILE}.{name}" for auto, name in plan.model_classes.items()}, files)
+    return RemoteCode({auto: f"{REMOTE_FILE}.{name}" for auto, name in plan.targets.model_classes.items()}, files)
 
 
 def _flat(path: str) -> str:

@@ -60,7 +60,7 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     assert alpha is not None, "a plan has decided it"
     return {
         "peft_type": "LORA",
-        "task_type": plan.task_type,
+        "task_type": plan.targets.task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "r": plan.config.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,

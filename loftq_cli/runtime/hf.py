@@ -58,7 +58,7 @@ class PackedQuantizer(HfQuantizer):
             named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in schemes), None)
             if named is None:
                 continue
-            if type(layer) is not nn.Linear:
+            if not isinstance(layer, nn.Linear):
                 raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
             with torch.device("meta"):
                 packed = PackedLinear(
