@@ -136,7 +136,7 @@ def run_blocks(
         ranks.wait()  # what rank 0 has written is there for all
         watch = Stopwatch(torch.device("cpu"))
         with watch("train"):
-            trained = finish(plan, stream, outputs.out, ends_of_source, share)
+            trained = finish(plan, stream, outputs.out, ends_of_source, share, tell)
         outputs.spent(watch.seconds())
         if ranks.rank == 0:
             keep(outputs.out, *trained)
@@ -171,7 +171,7 @@ def _quantize(
         # as a whole, even if an earlier session has written a part of it: what is written again are the same bytes
         for layer, of in fit(plan, block, jobs).items():
             result = store(plan, WeightBatch((jobs[layer],)), of.W, of.made, of.watch)
-            results[layer] = replace(result, training=of.training)
+            results[layer] = replace(result, training=of.training, unreached=not of.reached)
     stored = {
         layer: _stored(results[layer]) if layer in results else read_back(plan, out, job) for layer, job in jobs.items()
     }

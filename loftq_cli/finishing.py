@@ -10,9 +10,10 @@ neither are activations but those between blocks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.files import write_file
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.fitting import Share
 from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightJob
@@ -33,9 +35,10 @@ from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.methods.apiq import relative_error
 from loftq_cli.methods.trained import Fit, Training, train
 from loftq_cli.plan import Plan
-from loftq_cli.resume import read_back
+from loftq_cli.resume import find, read_back
 
 FINISH_FILE = f"{WORK_FOLDER}/finish.safetensors"
+LOGIT_TOKENS = 512  # of which logits are float32 at once
 KEPT_BYTES = 2 << 30  # of dequantized bases on the device: those of small models, which would be unpacked in no time
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # as stored, by module name
@@ -53,7 +56,12 @@ def finished(out: Path) -> tuple[Factors, Fit] | None:
 
 
 def finish(
-    plan: Plan, stream: BlockStream, out: Path, ends: dict[str, Activations], share: Share
+    plan: Plan,
+    stream: BlockStream,
+    out: Path,
+    ends: dict[str, Activations],
+    share: Share,
+    tell: Callable[[str], None],
 ) -> tuple[Factors, Fit]:
     """Train the factors that are in `out`.
 
@@ -63,12 +71,16 @@ def finish(
         out: where bases and factors are.
         ends: of the source's stacks, from which follows what the source says.
         share: which samples train.
+        tell: called at the start of each epoch, with its name.
     """
     weights = {job.module: _LiveWeight(plan, out, job, stream) for job in plan.jobs if job.block}
     config = plan.config
     batches, held_out = share.batches(*stream.tokens.shape)
+    steps = count()
 
     def loss_of(rows: slice) -> Tensor:
+        if torch.is_grad_enabled() and (step := next(steps)) % len(batches) == 0:
+            tell(f"finish, epoch {step // len(batches) + 1} of {config.finish_epochs}")
         with torch.no_grad():
             wanted, are_logits = stream.said(rows, ends)
         return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)
@@ -93,9 +105,15 @@ def keep(out: Path, made: Factors, fit: Fit) -> None:
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL(theirs ‖ ours) of logits [..., words], per token."""
+    """KL(theirs ‖ ours) of logits [..., words], per token; a few tokens at a time, for vocabularies are large."""
+    both = zip(*(logits.flatten(0, -2).split(LOGIT_TOKENS) for logits in (ours, theirs)), strict=True)
+    sums = [checkpoint(_divergence, mine, other, use_reentrant=False) for mine, other in both]
+    return torch.stack(sums).sum() / ours[..., 0].numel()
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    return (theirs.exp() * (theirs - ours)).sum()
 
 
 class _LiveWeight(nn.Module):
@@ -104,7 +122,9 @@ class _LiveWeight(nn.Module):
     def __init__(self, plan: Plan, out: Path, job: WeightJob, stream: BlockStream) -> None:
         super().__init__()
         _, (lora_A, lora_B) = read_back(plan, out, job)
-        self._plan, self._out, self._job, self._stream = plan, out, job, stream
+        self._plan, self._job, self._stream = plan, job, stream
+        names = [spec.name for spec in plan.stored(job)]
+        self._infos = dict(zip(names, find(out, job.file, names), strict=True))
         kept = plan.parameters * stream.dtype.itemsize <= KEPT_BYTES
         self._values = self._read().to(stream.dtype) if kept else None
         self.lora_A = nn.Parameter(lora_A.to(stream.device, torch.float32))
@@ -121,8 +141,7 @@ class _LiveWeight(nn.Module):
         return self.lora_A.detach().to("cpu", dtype), self.lora_B.detach().to("cpu", dtype)
 
     def _read(self) -> Tensor:
-        base, _ = read_back(self._plan, self._out, self._job)
-        there = {name: tensor.to(self._stream.device) for name, tensor in base.items()}
+        there = {name: read_tensor(path, info).to(self._stream.device) for name, (path, info) in self._infos.items()}
         with torch.no_grad():
             return self._plan.format.read(self._job.stored_prefix, there, self._plan.empty(self._job))
 
@@ -146,6 +165,8 @@ def live_blocks(stream: BlockStream, weights: dict[str, _LiveWeight]) -> Iterato
                 return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
             stand_in.compute = compute
-        yield
-        for _, _, stand_in in modules:
-            stand_in.compute = None
+        try:
+            yield
+        finally:
+            for _, _, stand_in in modules:
+                stand_in.compute = None

@@ -89,12 +89,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One weight [1, m, n], what became of it, and how it was trained, if it was."""
+    """One weight [1, m, n], what became of it, how it was trained, if it was, and whether anything reaches it."""
 
     W: Tensor
     made: Decomposition
     watch: Stopwatch
     training: Fit | None = None
+    reached: bool = True
 
 
 def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fitted]:
@@ -132,7 +133,8 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     for layer in [layer for layer in jobs if layer not in fitted]:
         W = read_weight(plan, jobs[layer], block.device)[None]
         watch = Stopwatch(W.device)
-        fitted[layer] = Fitted(W, decompose(plan, WeightBatch((jobs[layer],)), W, None, watch), watch)
+        made = decompose(plan, WeightBatch((jobs[layer],)), W, None, watch)
+        fitted[layer] = Fitted(W, made, watch, reached=False)
     return fitted
 
 

@@ -17,6 +17,7 @@ from loftq_cli import __version__
 from loftq_cli.batches import compute_batch, load_batch, rehearse
 from loftq_cli.blocks import Measured, run_blocks
 from loftq_cli.calibration.text import Calibration
+from loftq_cli.card import model_card
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
 from loftq_cli.checkpoint.reader import TensorInfo
@@ -51,7 +52,7 @@ from loftq_cli.plan import (
     planned_files,
 )
 from loftq_cli.ranks import ALONE, Ranks
-from loftq_cli.report import base_fingerprint, build_report, model_card
+from loftq_cli.report import base_fingerprint, build_report
 from loftq_cli.resume import check_disk, forget_lost
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare
@@ -219,7 +220,13 @@ def run_steps(
                 report()
                 progress(block, 0)
 
-            measured = run_blocks(plan, in_blocks, calibration, outputs, device, ranks, tell)
+            try:
+                measured = run_blocks(plan, in_blocks, calibration, outputs, device, ranks, tell)
+            except torch.OutOfMemoryError as error:
+                raise LoftqError(
+                    f"a block of this model with its text does not fit: {str(error).splitlines()[0]}",
+                    "begin again with a shorter `--seqlen`, or go on with `--resume` on a larger GPU",
+                ) from error
     outputs.drain()
     outputs.commit()
     ranks.wait()
@@ -285,7 +292,7 @@ def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> 
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _bytes_in(folder: Path) -> int:

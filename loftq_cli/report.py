@@ -1,4 +1,4 @@
-"""What was decided and measured, as JSON for programs and as a model card for people."""
+"""What was decided and measured, as JSON for programs, and the figures and lines that people see of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,7 +140,7 @@ class Group:
     weights: int
     shapes: str
     bits: str
-    errors: tuple[float, ...]  # those of `error_columns`; none in a plan
+    errors: tuple[float | None, ...]  # those of `error_columns`; none in a plan
 
 
 def error_columns(config: Mapping[str, Any]) -> dict[str, str]:
@@ -160,12 +159,18 @@ def error_columns(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def pooled_errors(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> tuple[float, ...]:
-    """Each field over the rows that have it: weights by their norms, outputs all alike."""
+def pooled_errors(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> tuple[float | None, ...]:
+    """Each field over the rows that have it, None where none has: weights by their norms, outputs all alike."""
+    having = {field: [row for row in rows if field in row] for field in fields}
     return tuple(
-        pooled((row[field], 1.0 if "output" in field else row["norm"]) for row in rows if field in row)
-        for field in fields
+        pooled((row[field], 1.0 if "output" in field else row["norm"]) for row in there) if there else None
+        for field, there in having.items()
     )
+
+
+def in_figures(errors: Iterable[float | None]) -> tuple[str, ...]:
+    """Errors as tables show them; what was not measured is a dash."""
+    return tuple("–" if error is None else f"{error:.4f}" for error in errors)
 
 
 def layer_groups(weights: Iterable[Mapping[str, Any]], fields: Iterable[str] = ()) -> list[Group]:
@@ -218,82 +223,3 @@ def import_loader(report: Mapping[str, Any]) -> None:
 def install_line(report: Mapping[str, Any]) -> str:
     """What must be installed to load."""
     return shlex.join(["pip", "install", "transformers", "peft", *report["load"]["requirements"]])
-
-
-def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
-    """README.md of the output: how to load, what was measured, with which settings."""
-    totals, config = report["totals"], report["config"]
-    name = Path(report["source"]["model"]).resolve().name
-    hub_id = "" if Path(report["source"]["model"]).is_dir() else f"base_model: {report['source']['model']}\n"
-    columns = error_columns(config)
-    rows = "\n".join(
-        f"| `{group.kind}` | {group.weights} | {group.bits} | " + _cells(group.errors)
-        for group in layer_groups(report["weights"], columns.values())
-    )
-    every = _cells(pooled_errors(report["weights"], columns.values()))
-    skips = "\n".join(
-        f"- {count} × {reason}, e.g. `{first}`" for reason, count, first in skip_counts(report["skipped"])
-    )
-    settings = ", ".join(f"{key} {config[key]}" for key in _CARD_SETTINGS)
-    load = "\n".join(load_lines(report, "PATH_OR_HUB_ID_OF_THIS_FOLDER"))
-    notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
-    fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
-    return f"""---
-library_name: peft
-{hub_id}base_model_relation: quantized
-tags:
-- loftq
-- lora
----
-
-# {name}: {config["bits"]}-bit base with a LoRA adapter that repairs it
-
-Made by [loftq](https://arxiv.org/abs/2310.08659) {report["version"]}: this folder is a quantized base checkpoint, and
-`loftq_init/` holds a LoRA adapter of rank {config["rank"]} to fine-tune from, so that `base + adapter` is as near to
-the original weights as the method makes it.
-
-```bash
-{install_line(report)}
-```
-
-```python
-{load}
-```
-
-{notes}
-## Error
-
-{MEANING["output" if config["method"] in CALIBRATED else "weight"]}
-
-| layers | weights | bits | {" | ".join(columns)} |
-|---|---|---|{"---|" * len(columns)}
-{rows}
-| **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | {every}
-
-Settings: {settings}.
-
-## Kept as it was
-
-{skips}
-
-## The adapter belongs to this base only
-
-It holds the difference between the original weights and *this* base: on the original model it would subtract quality.
-The header of `adapter_model.safetensors` names the base by its hash, `{fingerprint}`;
-`loftq verify` checks it and recomputes every error from the files.
-"""
-
-
-def _cells(errors: Iterable[float]) -> str:
-    return " | ".join(f"{error:.4f}" for error in errors) + " |"
-
-
-MEANING = {
-    "weight": "`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.",
-    "output": "`‖Y − Ŷ‖ / ‖Y‖` (Frobenius) of what layers say in the source and here, root mean square over the layers "
-    "of a kind: without the adapters of their block and with all adapters; on the text that was calibrated on, and on "
-    "text held out.",
-}
-_CARD_SETTINGS = (
-    "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
-)  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import read_header, read_tensor
+from loftq_cli.checkpoint.reader import TensorInfo, read_header, read_tensor
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
@@ -57,13 +57,26 @@ def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
     """What was written for `job`, from files that are whole or still grow."""
 
     def read(file: str, names: Sequence[str]) -> list[Tensor]:
-        path = growing(out, file) if growing(out, file).exists() else out / file
-        infos = read_header(path).tensors
-        return [read_tensor(path, infos[name]) for name in names]
+        return [read_tensor(path, info) for path, info in find(out, file, names)]
+
+    def read_whenever(file: str, names: Sequence[str]) -> list[Tensor]:
+        try:
+            return read(file, names)
+        except LoftqError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            return read(file, names)  # it has become whole just then
 
     names = [spec.name for spec in plan.stored(job)]
-    lora_A, lora_B = read(ADAPTER_FILE, peft_adapter.tensor_names(job.module))
-    return dict(zip(names, read(job.file, names), strict=True)), (lora_A, lora_B)
+    lora_A, lora_B = read_whenever(ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    return dict(zip(names, read_whenever(job.file, names), strict=True)), (lora_A, lora_B)
+
+
+def find(out: Path, file: str, names: Sequence[str]) -> list[tuple[Path, TensorInfo]]:
+    """Where tensors of a file are, while it is whole or still grows."""
+    path = growing(out, file) if growing(out, file).exists() else out / file
+    infos = read_header(path).tensors
+    return [(path, infos[name]) for name in names]
 
 
 def adapter_names(batch: WeightBatch) -> list[str]:
@@ -78,7 +91,8 @@ def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
         LoftqError: with the bytes needed and free.
     """
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    needed = plan.base_bytes + plan.adapter_bytes + (16 << 20) - already_bytes
+    adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20) - already_bytes
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise LoftqError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.report import (
     error_columns,
+    in_figures,
     install_line,
     layer_groups,
     load_lines,
@@ -66,17 +67,17 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     totals, config = report["totals"], report["config"]
     fields = error_columns(config)
     rows = [
-        (group.kind, str(group.weights), group.shapes, group.bits, *_errors(group.errors))
+        (group.kind, str(group.weights), group.shapes, group.bits, *in_figures(group.errors))
         for group in layer_groups(report["weights"], fields.values())
     ]
-    every = _errors(pooled_errors(report["weights"], fields.values()))
+    every = in_figures(pooled_errors(report["weights"], fields.values()))
     rows.append(("all", str(totals["weights"]), "", f"{totals['bits_per_weight']:.2f}", *every))
     heads = tuple((head, "right") for head in fields)
     of = "output error ‖Y − Ŷ‖/‖Y‖" if config["method"] in CALIBRATED else "relative error ‖W − Ŵ‖/‖W‖"
     output.table(f"{report['source']['model']}: {of} by kind of layer", (*LAYER_COLUMNS, *heads), rows, total=1)
     if blocks := report.get("calibration", {}).get("blocks"):
         some = sorted({round(i * (len(blocks) - 1) / (SHOWN_BLOCKS - 1)) for i in range(SHOWN_BLOCKS)})
-        lines = [(blocks[i]["name"], *_errors(blocks[i][field] for field in fields.values())) for i in some]
+        lines = [(blocks[i]["name"], *in_figures(blocks[i][field] for field in fields.values())) for i in some]
         output.table("Blocks: error of what leaves them", (("block", "left"), *heads), lines)
     _skips(output, report["skipped"])
     unrepaired = [row for row in report["weights"] if row["iterations"] == 0 and row["relative_error"] > 0]
@@ -88,7 +89,7 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     if moved := [row["name"] for row in report["weights"] if row["device"] != config["device"]]:
         output.warning(f"{len(moved)} weights did not fit the GPU's memory and were computed on the CPU: {moved[0]}, …")
     if config["method"] in CALIBRATED:
-        blind = [row["name"] for row in report["weights"] if "output_error" not in row]
+        blind = [row["name"] for row in report["weights"] if row.get("unreached")]
         if blind:
             output.warning(
                 f"no text reached {len(blind)} weights, which were quantized without looking at any: {blind[0]}, …"
@@ -195,10 +196,6 @@ def perplexity(output: Out, out: Path, text: Path, source: str | None, **options
     columns = (("model", "left"), ("nats per token", "right"), ("perplexity", "right"))
     output.table(f"{out} on {text}", columns, rows)
     output.result(measured.protocol)
-
-
-def _errors(values: Iterable[float]) -> tuple[str, ...]:
-    return tuple(f"{value:.4f}" for value in values)
 
 
 def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:

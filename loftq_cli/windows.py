@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from typing import Any
 
 import torch
 
-from loftq_cli.calibration.stream import refuse_unreadable
+from loftq_cli.calibration.stand_in import WAY_OUT
+from loftq_cli.calibration.stream import ties_of
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
 from loftq_cli.meta_model import build_to_run
@@ -21,13 +23,13 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
     """The token windows that the plan's configuration asks for, by the model's own tokenizer.
 
     Raises:
-        LoftqError: there is no tokenizer, or too little text; or several processes.
+        LoftqError: there is no tokenizer, or too little text; or the model cannot be run on it block by block.
     """
     config, checkpoint = plan.config, plan.checkpoint
     if not plan.block_paths:
         raise LoftqError(
             f"`--method {config.method}` found no transformer blocks in `{checkpoint.model}`",
-            "use a weight-only method, `--method loftq`",
+            WAY_OUT,
         )
     from transformers import AutoTokenizer
 
@@ -41,28 +43,56 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
             f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}",
             "put its files beside the weights, or use `--method loftq`",
         ) from error
-    longest = min(LONGEST_WINDOW, _positions(plan))
-    calibration = token_batches(
-        read_texts(config.calibration), tokenizer, config.samples, config.seqlen or longest, config.seed
-    )
+    model = build_to_run(checkpoint, config.trust_remote_code)
+    names = state_keys(checkpoint, model)[0]
+    _refuse_unreadable(model, names, plan)
+    longest = _positions(model, checkpoint.config)
+    if (config.seqlen or 0) > longest:
+        raise LoftqError(f"`--seqlen {config.seqlen}` is more than the model has positions for", f"up to {longest}")
+    seqlen = config.seqlen or min(LONGEST_WINDOW, longest)
+    calibration = token_batches(read_texts(config.calibration), tokenizer, config.samples, seqlen, config.seed)
     if len(calibration.tokens) < ranks:
         raise LoftqError(f"{ranks} processes have {len(calibration.tokens)} samples to share", "start fewer of them")
+    words, highest = model.get_input_embeddings().num_embeddings, int(calibration.tokens.max())
+    if highest >= words:
+        raise LoftqError(
+            f"the tokenizer of `{checkpoint.model}` says {highest}, and the model knows {words} tokens",
+            "put the tokenizer that it was trained with beside the weights",
+        )
     return calibration
 
 
-def _positions(plan: Plan) -> int:
-    """How many tokens the model has positions for, as far as its configuration says.
+def _refuse_unreadable(model: Any, names: dict[str, str], plan: Plan) -> None:
+    """Refuse a model of which a parameter that is needed is in no file under a name of its own.
 
-    Raises:
-        LoftqError: it cannot be run block by block.
+    Args:
+        model: from `build_to_run`.
+        names: tensor name → key in the model's state dict, from `state_keys`.
+        plan: a finish needs all of the model, others its blocks.
     """
-    model = build_to_run(plan.checkpoint, plan.config.trust_remote_code)
-    refuse_unreadable(model, state_keys(plan.checkpoint, model)[0], plan.block_paths)
-    config = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST_WINDOW
+    there = {*names.values(), *ties_of(model)}
+    in_blocks = tuple(f"{path}." for path in plan.block_paths)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name in there:
+            continue
+        if name.startswith(in_blocks):
+            raise LoftqError(
+                f"`{name}` is in no file as it stands: transformers makes it while loading",
+                "calibrated methods cannot run this model yet: use `--method loftq`",
+            )
+        if plan.config.finish_epochs > 0:
+            raise LoftqError(f"`{name}` is in no file, so what the model says is not known", "leave out the finish")
+
+
+def _positions(model: Any, config: dict[str, Any]) -> int:
+    """How many tokens the model has positions for, as far as its configuration says."""
+    text = config.get("text_config") or config
+    positions = next((text[name] for name in ("max_position_embeddings", "n_positions") if text.get(name)), None)
+    if positions is None:
+        return sys.maxsize
     for name, module in model.named_modules():  # RoBERTa's begin after the index of padding
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(positions) - module.padding_idx - 1
+            return int(positions) - int(module.padding_idx) - 1
     return int(positions)
 
 

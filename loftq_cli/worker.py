@@ -44,6 +44,7 @@ class WeightRow:
     held_out_output_error: float | None
     held_out_output_error_without_adapter: float | None
     training: Fit | None  # of the weight, or of its block as a whole
+    unreached: bool | None  # by any text: a weight-only method stood in
     sha256: dict[str, str]  # of each stored tensor's bytes, so that `verify` can name what was changed
     seconds: float
 
@@ -61,7 +62,7 @@ class WeightResult:
 class BatchResult:
     """The result of a batch on its way from the device; `wait` for it, then it can be looked at.
 
-    `output_errors` and `training` are of its only weight, where a calibrated method measured them.
+    `output_errors`, `training` and `unreached` are of its only weight, where a calibrated method looked at it.
 
     Shapes: weights [B, m, n]; factors as stored, [B, r, n] and [B, m, r]; measured float64 [B, 4]: iterations, squared
     norms of the weight and of the error without and with the adapter.
@@ -77,6 +78,7 @@ class BatchResult:
     watch: Stopwatch
     output_errors: LayerErrors = (None, None)
     training: Fit | None = None
+    unreached: bool = False
     done: torch.cuda.Event | None = None
     on_device: Tensor | None = None  # what is being copied from there
 
@@ -127,6 +129,7 @@ class BatchResult:
                 norm=norm**0.5,
                 **row_fields(self.output_errors),
                 training=self.training,
+                unreached=self.unreached or None,
                 sha256={name: hash_tensor(tensor) for name, tensor in {**self.base[i], **adapter}.items()},
                 seconds=round(seconds, 6),
             )
@@ -244,8 +247,8 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def relative(squared_error: float, squared_reference: float) -> float:
-    """√(squared_error / squared_reference); 0 where both are 0, NaN where either is."""
-    return (squared_error / squared_reference) ** 0.5 if squared_error != 0 else 0.0
+    """√(squared_error / squared_reference); of nothing, 0 where nothing is wrong and else 1; NaN where either is."""
+    return (squared_error / squared_reference) ** 0.5 if squared_reference != 0 else float(squared_error != 0)
 
 
 def row_dict(row: WeightRow) -> dict[str, object]:

@@ -350,10 +350,10 @@ def test_training_lowers_what_it_trains_on(
     for name, more in {
         "cloq": {"method": "cloq"},
         "lw": {"method": "apiq-lw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
-        "bw": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
+        "bw": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003, "code_lr": 1e-3},
         "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
         "codes stay": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003, "code_lr": 0},
-        "augmented": {"method": "apiq-bw", "augmented": True, "epochs": 2, "rank": 8, "alpha": 16},
+        "augmented": {"method": "apiq-bw", "augmented": True, "epochs": 2, "rank": 8, "alpha": 16, "code_lr": 1e-3},
         "symmetric": {"method": "apiq-bw", "init": "qlora", "quantizer": "uniform-symmetric", "epochs": 2},
         "lw-paper": {"method": "apiq-lw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
     }.items():
@@ -546,6 +546,7 @@ def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -
     copy.write_text(text.read_text())
     out = tmp_path / "out"
     pipeline.quantize(speaking, out, **options(copy, method="qera"))
+    copy = copy.rename(tmp_path / "moved.txt")
     pipeline.quantize(speaking, out, **options(copy, method="qera"))  # nothing to do
     copy.write_text(text.read_text()[::-1])
     with pytest.raises(LoftqError, match="calibration-tokens was"):
@@ -562,6 +563,6 @@ def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) 
     for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):
         with pytest.raises(ConfigError, match="makes nothing of it"):
             pipeline.quantize(speaking, tmp_path / "c", bits=2, **{"method": "cloq", **idle})
-    with pytest.raises(LoftqError, match="one window of 100000"):
+    with pytest.raises(LoftqError, match="positions"):
         pipeline.quantize(speaking, tmp_path / "d", **options(text, method="qera", seqlen=100_000))
     assert not any((tmp_path / name).exists() for name in "abcd")

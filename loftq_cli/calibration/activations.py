@@ -14,6 +14,8 @@ from torch import Tensor
 
 from loftq_cli.checkpoint.files import allocate
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container, which sees its own there (version 2)
+
 
 class Activations:
     """Hidden states of all samples on the CPU, uninitialized: `activations[rows]` is a view of some.
@@ -59,9 +61,14 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
 
 
 def available_bytes() -> int:
-    """Main memory that is free, or could be."""
+    """Main memory that is free, or could be: of the machine, and of the container if there is one."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit: `max`
+        return free
+    return max(0, min(free, limit - used))

@@ -6,6 +6,7 @@ what reaches it there. Shapes: m = out_features, n = in_features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def moments(
             add_product(sums[which, 1], x - ours, ours)
     mean(sums)
     mean(counts)
-    gram, held_out = (Moments(*(total / (count or 1))) for total, count in zip(sums, counts.tolist(), strict=True))
+    gram, held_out = (Moments(*total.div_(count or 1)) for total, count in zip(sums, counts.tolist(), strict=True))
     return gram, held_out
 
 
@@ -96,7 +97,7 @@ class OutputErrors:
     with_adapter: float
 
 
-# of the samples for calibration, and of those held out; None where no token reached the layer
+# of the samples for calibration, and of those held out; None where no token reached the layer, or a router's choice
 LayerErrors = tuple[OutputErrors | None, OutputErrors | None]
 
 
@@ -134,6 +135,8 @@ def compare(
     plain = {f"{layer}.weight": base.to(block.get_parameter(f"{layer}.weight").dtype) for layer, base in bases.items()}
     sums = {layer: torch.zeros(2, 3, dtype=torch.float64, device=base.device) for layer, base in bases.items()}
     wanted: dict[str, Tensor] = {}
+    # DeBERTa calls layers again, for relative positions: the first call counts, as for moments
+    compared: set[str] = set()
     unlike: set[str] = set()  # layers to which a router sends tokens: nothing pairs them
     which, column, tokens = 0, 0, 0
 
@@ -141,11 +144,16 @@ def compare(
         sums[layer][which, column] += said.float().square().sum(dtype=torch.float64)
 
     def keep(layer: str, said: Tensor) -> None:
+        if layer in wanted:
+            return
         wanted[layer] = said
         bias = getattr(source.get_submodule(layer), "bias", None)
         add(layer, said if bias is None else said - bias)
 
     def subtract(layer: str, said: Tensor) -> None:
+        if layer in compared:
+            return
+        compared.add(layer)
         if layer in wanted and all(x.numel() == tokens * x.shape[-1] for x in (wanted[layer], said)):
             add(layer, wanted[layer].view_as(said) - said)
         else:
@@ -162,8 +170,10 @@ def compare(
             whole = source_run(source)
         with _watching(block, layers, subtract, outputs=True):
             column = 1
+            compared.clear()
             alone = run(without_adapter)
             column = 2
+            compared.clear()
             ours = run(block)
         hand_on(run.rows, whole, ours, alone)
     for layer, total in sums.items():
@@ -179,7 +189,8 @@ def _are_all(x: Tensor, run: Run) -> bool:
 
 def _errors(sums: Tensor) -> OutputErrors | None:
     size, without, repaired = sums.tolist()
-    return OutputErrors((without / size) ** 0.5, (repaired / size) ** 0.5) if size > 0 else None  # it may be NaN
+    known = size > 0 and math.isfinite(without + repaired)  # all may be NaN
+    return OutputErrors((without / size) ** 0.5, (repaired / size) ** 0.5) if known else None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loftq_cli.errors import LoftqError
 
+WAY_OUT = "use a weight-only method, `--method loftq`"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -39,7 +40,7 @@ def calling(what: str) -> Iterator[None]:
         told = (str(error) or "?").splitlines()[0]
         raise LoftqError(
             f"{what} cannot be run on text by itself: {type(error).__name__}: {told}",
-            "use a weight-only method, `--method loftq`",
+            WAY_OUT,
         ) from error
 
 
@@ -50,7 +51,7 @@ class Stack:
         self.path = path
         modules = model.get_submodule(path)
         if not isinstance(modules, nn.ModuleList):
-            raise LoftqError(f"`{path}` is no list of blocks", "use a weight-only method, `--method loftq`")
+            raise LoftqError(f"`{path}` is no list of blocks", WAY_OUT)
         self.blocks = list(modules)
         self.stand_ins = [StandIn(block) for block in self.blocks]
         for i, stand_in in enumerate(self.stand_ins):

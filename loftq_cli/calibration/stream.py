@@ -19,8 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from loftq_cli.calibration.activations import Activations
-from loftq_cli.calibration.stand_in import Arguments, Stack, StandIn, calling, hidden_of, reached, until_reached
-from loftq_cli.checkpoint.reader import read_tensor
+from loftq_cli.calibration.stand_in import (
+    WAY_OUT,
+    Arguments,
+    Stack,
+    StandIn,
+    calling,
+    hidden_of,
+    reached,
+    until_reached,
+)
+from loftq_cli.checkpoint.reader import TensorInfo, read_tensor
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
 
@@ -53,32 +62,21 @@ class Run:
             out = block(*args, **kwargs)
         if isinstance(out, Tensor):
             return out
-        # T5's first block, for one, hands its position bias to the others
-        self.stand_in.extras = tuple(out[1:])
+        self._hand_on(tuple(out[1:]))
         hidden = out[0]
         assert isinstance(hidden, Tensor)
         return hidden
 
-
-def refuse_unreadable(model: Any, names: dict[str, str], paths: Sequence[str]) -> None:
-    """Refuse blocks of which a parameter is in the files under no name of its own, or is changed on loading.
-
-    Args:
-        model: from `build_to_run`.
-        names: tensor name → key in the model's state dict, from `state_keys`.
-        paths: of the stacks.
-    """
-    there = {*names.values(), *_ties(model)}
-    for path in paths:
-        for name, _ in model.get_submodule(path).named_parameters(remove_duplicate=False):
-            if f"{path}.{name}" not in there:
-                raise LoftqError(
-                    f"`{path}.{name}` is in no file as it stands: transformers makes it while loading",
-                    "calibrated methods cannot run this model yet: use `--method loftq`",
-                )
+    def _hand_on(self, extras: tuple[Any, ...]) -> None:
+        """Keep what a block hands to the others, as T5's first does its position bias: it must be the same for all."""
+        for one, other in zip(self.stand_in.extras or (), extras, strict=False):
+            if isinstance(one, Tensor) and not torch.equal(one, other):
+                raise LoftqError(f"what `{self.name}` hands to other blocks depends on the text", WAY_OUT)
+        self.stand_in.extras = extras
 
 
-def _ties(model: Any) -> dict[str, str]:
+def ties_of(model: Any) -> dict[str, str]:
+    """Keys in the model's state dict that are the same parameter as another key."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
@@ -104,14 +102,18 @@ class BlockStream:
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.tokens, self._parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
-        self._ties = _ties(model)
+        self._ties = ties_of(model)
         for module in model.modules():  # a T5's decoder has a configuration of its own
             if getattr(getattr(module, "config", None), "use_cache", None):
                 module.config.use_cache = False
         stacks = [Stack(model, path) for path in paths]
+        there: dict[str, Tensor] = {}  # by tensor: tied ones are read once
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
             with suppress(KeyError):  # such as a head that is not in the file; nothing here gets so far
-                _set(model, name, self._read(name).to(device, dtype))
+                info = self._find(name)
+                if info.name not in there:
+                    there[info.name] = self._read(name).to(device, dtype)
+                _set(model, name, there[info.name])
         self._fill_buffers(model, "")
         self.stacks = self._in_order(stacks)
 
@@ -120,6 +122,8 @@ class BlockStream:
         made: Activations | None = None
         for rows in self._parts:
             hidden = hidden_of(self._caught(stack, 0, rows, None, ends))
+            if len(hidden) != rows.stop - rows.start:
+                raise LoftqError(f"samples are not the first dimension of what enters `{stack.path}`", WAY_OUT)
             made = self.buffer(hidden.shape[1:]) if made is None else made
             made[rows].copy_(hidden, non_blocking=True)
         assert made is not None
@@ -235,7 +239,7 @@ class BlockStream:
         if not caught:
             raise LoftqError(
                 f"the model does not call its blocks `{stack.path}` for text",
-                "use a weight-only method, `--method loftq`",
+                f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
             )
         return caught[0]
 
@@ -259,16 +263,16 @@ class BlockStream:
             stand_in.catch = None
         if len(set(calls)) < len(calls):
             repeated = next(stand_in for stand_in in calls if calls.count(stand_in) > 1)
-            raise LoftqError(
-                f"the blocks `{stand_ins[repeated].path}` are called more than once each",
-                "use a weight-only method, `--method loftq`",
-            )
+            raise LoftqError(f"the blocks `{stand_ins[repeated].path}` are called more than once each", WAY_OUT)
         called = list(dict.fromkeys(stand_ins[stand_in] for stand_in in calls))
         return called + [stack for stack in stacks if stack not in called]
 
+    def _find(self, key: str) -> TensorInfo:
+        """Where the parameter called `key` is; KeyError where it is in no file."""
+        return self._checkpoint.tensors[self._tensor_of.get(key) or self._tensor_of[self._ties[key]]]
+
     def _read(self, key: str) -> Tensor:
-        """The parameter called `key`, from its file; KeyError where there is none."""
-        info = self._checkpoint.tensors[self._tensor_of.get(key) or self._tensor_of[self._ties[key]]]
+        info = self._find(key)
         return read_tensor(self._checkpoint.path(info.file), info)
 
 

@@ -34,7 +34,7 @@ def _quadratic(W: Tensor, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     """The function Ŵ → E‖W x − Ŵ x̂‖² but for a constant, over E‖W x̂‖²."""
     H, K = inputs.gram, inputs.drift
     pull = W @ K if K is not None else None  # E[(W x − W x̂) x̂ᵀ]
-    size = ((W @ H) * W).sum()
+    size = ((W @ H) * W).sum().clamp_min(torch.finfo(torch.float32).tiny)  # there are weights of zeros
 
     def loss(weight: Tensor) -> Tensor:
         D = W - weight
@@ -81,4 +81,5 @@ def _groups(weights: Sequence[TrainedWeight], how: Training) -> list[tuple[list[
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     """‖ours − theirs‖² / ‖theirs‖², in float32; of the same size in every block, as AdamW's epsilon wants it."""
-    return (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum()
+    size = theirs.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return (ours.float() - theirs.float()).square().sum() / size

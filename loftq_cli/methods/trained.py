@@ -63,7 +63,8 @@ class TrainedWeight(nn.Module):
         self.codes: nn.Parameter | None = None
         if clip:
             self._values = self._grouped(W.float())
-            self._low, self._high = self._values.amin(2), self._values.amax(2)
+            # a range that the zero point, which is one of the codes, can be in
+            self._low, self._high = self._values.amin(2).clamp_max_(0), self._values.amax(2).clamp_min_(0)
         else:
             # bfloat16 holds integers up to 256
             self._centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
@@ -156,10 +157,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Fit:
-    """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite."""
+    """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite.
 
-    before: float
-    after: float
+    None is a loss that was not finite.
+    """
+
+    before: float | None
+    after: float | None
     steps: int
     skipped: int
 
@@ -243,7 +247,8 @@ def train(
         for kept, parameter in zip(best, parameters, strict=True):
             parameter.copy_(kept)
     taken = max(int(state["step"]) for state in optimizer.state.values())
-    return Fit(first.item(), least.item(), steps, steps - taken)
+    before, after = (loss if math.isfinite(loss) else None for loss in (first.item(), least.item()))
+    return Fit(before, after, steps, steps - taken)
 
 
 @contextmanager

@@ -1,0 +1,98 @@
+"""Calibrated methods where something is missing: nothing held out, weights of zeros, what is in no file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from typer.testing import CliRunner
+
+from loftq_cli import finishing, pipeline
+from loftq_cli.calibration import activations
+from loftq_cli.cli import app
+from loftq_cli.errors import LoftqError
+from loftq_cli.verify import verify
+from tests.test_blocks import options, speaking, text  # noqa: F401
+from tests.test_eval import save_tokenizer
+
+
+def test_without_held_out_samples_a_finish_is_told_and_shown(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of text of one window nothing is held out: no figures, not zeros; also after a finish, and in the tables."""
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:60])
+    one = options(short, method="cloq", samples=1, seqlen=32, finish_epochs=1)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in one.items()]
+    result = CliRunner().invoke(app, ["quantize", *flags, str(speaking), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "loftq_report.json").read_text())
+    assert report["calibration"]["held_out"] == 0
+    assert "output_error" in report["weights"][0]
+    assert "held_out_output_error" not in report["weights"][0]
+    assert "–" in (tmp_path / "out" / "README.md").read_text()
+    assert "no text reached" not in result.output
+
+
+def test_a_weight_of_zeros_stays_zero(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As blocks that were added to a trained model begin."""
+    model = tf.AutoModelForCausalLM.from_pretrained(speaking)
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    for method in ("apiq-lw", "apiq-bw"):
+        report = pipeline.quantize(
+            tmp_path / "model", tmp_path / method, **options(text, method=method, epochs=1, finish_epochs=1)
+        )
+        (row,) = [row for row in report["weights"] if row["name"].endswith("1.mlp.down_proj")]
+        assert row["relative_error_without_adapter"] == 0
+        assert verify(tmp_path / method, str(tmp_path / "model")).violations == ()
+
+
+def test_text_that_the_model_cannot_take(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(LoftqError, match="positions"):
+        pipeline.quantize(speaking, tmp_path / "out", **options(text, method="qera", seqlen=100_000))
+    model = tf.AutoModelForCausalLM.from_pretrained(speaking)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "small")
+    save_tokenizer(tmp_path / "small")
+    with pytest.raises(LoftqError, match="the model knows 20 tokens"):
+        pipeline.quantize(tmp_path / "small", tmp_path / "out", **options(text, method="qera"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finish_needs_the_whole_model(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = tf.BertConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=300
+    )
+    tf.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**saved, "architectures": ["BertForMaskedLM"]}))
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(LoftqError, match="is in no file, so what the model says is not known"):
+        pipeline.quantize(tmp_path / "model", tmp_path / "out", **options(text, method="qera", finish_epochs=1))
+    pipeline.quantize(tmp_path / "model", tmp_path / "out", **options(text, method="qera"))
+
+
+def test_divergence_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finishing, "LOGIT_TOKENS", 4)
+    ours, theirs = torch.randn(2, 5, 30, requires_grad=True), torch.randn(2, 5, 30)
+    wanted = torch.nn.functional.kl_div(
+        ours.double().log_softmax(-1).flatten(0, 1), theirs.double().log_softmax(-1).flatten(0, 1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+    found = finishing.divergence(ours, theirs)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, ours)[0] for loss in (found, wanted)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "CGROUP", tmp_path)
+    free = activations.available_bytes()
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert activations.available_bytes() == pytest.approx(free, rel=0.2)
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert activations.available_bytes() == 4000
