@@ -62,6 +62,10 @@ class Quantizer(Protocol):
         """The result of `quantize` for an [m, n] weight on the meta device: shapes and dtypes without values."""
         ...
 
+    def codebook(self, device: torch.device) -> Tensor | None:
+        """The levels, float32 [2**bits], ascending, kept for each device; None for a grid."""
+        ...
+
 
 def expand_groups(values: Tensor, shape: tuple[int, int], group_size: int) -> Tensor:
     """Repeat per-group `values` (see `QuantizedWeight.scale` for the two layouts) to one value per weight, [m, n]."""
@@ -131,6 +135,12 @@ def quantize_residual(
     n = W.shape[2]
     quantized = quantizer.quantize(target.reshape(-1, n))
     return quantized, residual(W.reshape(-1, n), quantized).view(W.shape)
+
+
+def in_rows(quantizer: Quantizer, n: int) -> bool:
+    """Whether groups of a weight of `n` inputs lie each in one row."""
+    like = quantizer.empty(1, n)
+    return like.scale.ndim == 2 or n % like.group_size == 0
 
 
 def stackable(quantizer: Quantizer, m: int, n: int) -> bool:

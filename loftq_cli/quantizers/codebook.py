@@ -9,6 +9,7 @@ of the error by it.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -69,12 +70,15 @@ class SearchedCodebook(ABC):
         for rows, columns, groups, w in _pieces(W, g):
             codes = result.codes[rows, columns]
             codes.copy_(encode(w, result.scale[rows, groups].reshape(-1), levels).view(codes.shape))
-        codebook = torch.tensor(levels, dtype=torch.float32, device=W.device)
-        return replace(result, codebook=codebook, nested=nested)
+        return replace(result, codebook=self.codebook(W.device), nested=nested)
 
     def empty(self, m: int, n: int) -> QuantizedWeight:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
         return self._allocate(m, n, torch.device("meta"))
+
+    def codebook(self, device: torch.device) -> Tensor:
+        """The levels, float32 [2**bits]."""
+        return _on_device(tuple(self.levels()), device)
 
     def _allocate(self, m: int, n: int, device: torch.device) -> QuantizedWeight:
         g = n if self.group_size == -1 else self.group_size
@@ -110,6 +114,11 @@ class Lloyd(SearchedCodebook):
     def levels(self) -> Sequence[float]:
         """Constants."""
         return LLOYD[self.bits]
+
+
+@functools.cache  # for a copy to a GPU waits for it
+def _on_device(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 def search(w: Tensor, levels: Sequence[float]) -> Tensor:

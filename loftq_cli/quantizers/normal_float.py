@@ -93,6 +93,10 @@ class NormalFloat:
         nested = empty_nested(blocks) if self.double_quant else None
         return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), nested)
 
+    def codebook(self, device: torch.device) -> Tensor:
+        """NF2, NF3 or NF4."""
+        return normal_float_codebook(self.bits, device)
+
     def _block(self, n: int) -> int:
         return n if self.group_size == -1 else self.group_size
 
