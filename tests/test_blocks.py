@@ -485,7 +485,7 @@ def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path
         {"format": "gptq"},
         {"format": "packed", "quantizer": "uniform"},
         {"format": "packed", "quantizer": "uniform-symmetric"},
-        {"format": "packed", "quantizer": "lloyd", "double_quant": True, "method": "qera"},
+        {"format": "packed", "quantizer": "lloyd", "double_quant": True},
         {"format": "compressed-tensors", "bits": 4},
         {"format": "bnb", "bits": 4, "quantizer": "nf", "double_quant": True, "method": "qera", "group_size": 64},
     ],

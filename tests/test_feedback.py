@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loftq_cli import kernels
 from loftq_cli.methods import feedback as module
-from loftq_cli.methods.feedback import feedback_of, round_with_feedback
+from loftq_cli.methods.feedback import feedback_of, round_block, round_with_feedback
 from loftq_cli.quantizers import (
     Lloyd,
     NormalFloat,
@@ -24,6 +24,7 @@ from loftq_cli.quantizers import (
     QuantizedWeight,
     Uniform,
     UniformSymmetric,
+    base,
     dequantize,
     uniform,
 )
@@ -228,17 +229,25 @@ def none(*_: object) -> None:
 
 def only_fused(*arguments: Any) -> None:
     *block, quantizer, g = arguments
-    assert quantizer.fused_feedback(*block, g), "not fused"
+    done = quantizer.fused_feedback(*block, g)
+    if not done and quantizer.codebook(torch.device("cpu")) is not None and g and len(block[0]) % g:
+        round_block(*arguments)  # a short last group has other shares
+        done = True
+    assert done, "not fused"
 
 
-def with_kernel(W: Tensor, quantizer: Uniform, feedback: Tensor) -> QuantizedWeight:
+def with_kernel(W: Tensor, quantizer: Any, feedback: Tensor) -> QuantizedWeight:
     """`round_with_feedback` by the kernel, its result on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             from loftq_cli.kernels.feedback import feedback as kernel
+            from loftq_cli.kernels.feedback import feedback_to_levels
 
             patch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-            patch.setattr(uniform, "fused", lambda: kernels.Kernels(none, none, none, None, kernel))
+            for quantizers in (uniform, base):
+                patch.setattr(
+                    quantizers, "fused", lambda: kernels.Kernels(none, none, none, None, kernel, feedback_to_levels)
+                )
         else:
             assert kernels.fused() is not None
         patch.setattr(module, "round_block", only_fused)
@@ -270,13 +279,46 @@ def test_the_kernel_is_the_twin(case: tuple[Uniform, tuple[int, int]]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CODEBOOKS,
+        *NESTED,
+        (Lloyd(2, 32, F16), (17, 96)),
+        (Lloyd(3, 96), (9, 288)),  # no power of two, and no level is zero
+        (NormalFloat(4, 64, scale_dtype=F16), (32, 256)),
+        (Lloyd(4, 16), (1, 48)),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_the_twin_of_a_codebook(case: tuple[Any, tuple[int, int]]) -> None:
+    quantizer, (m, n) = case
+    if INTERPRETED and quantizer.dtype == BF16:
+        quantizer = replace(quantizer, dtype=F16)
+    W, gram = example(m, n)
+    feedback = feedback_of(gram)
+    ours, twin = with_kernel(W, quantizer, feedback), round_with_feedback(W, quantizer, feedback)
+    assert ours.zero_point is None
+    assert_alike(ours.codes, twin.codes)
+    same = (ours.codes == twin.codes).all(1)
+    scales, others = (q.scale.view(m, -1) for q in (ours, twin))
+    assert scales.dtype == others.dtype
+    # a float32 scale has the last bits of a sum, and one in 8 bits shares its mean with those that go their own way
+    apart = ~torch.isclose(scales.float(), others.float(), rtol=1e-4 if ours.nested is None else 2e-2)
+    assert int(apart[same].sum()) <= 1 + 0.01 * scales.numel()
+    errors, wanted = (output_errors(W.double() - dequantize(q).double(), gram).sum() for q in (ours, twin))
+    assert float(errors) == pytest.approx(float(wanted), rel=1e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
 @pytest.mark.parametrize(
     "quantizer",
-    [Uniform(2, 64, F16), Uniform(4, 32, BF16), UniformSymmetric(3, 128), Uniform(3, -1, BF16)],
+    [Uniform(2, 64, F16), Uniform(4, 32, BF16), UniformSymmetric(3, 128), Uniform(3, -1, BF16), Lloyd(2, 64, BF16)],
     ids=str,
 )
-def test_ties_are_rare_on_a_large_weight(quantizer: Uniform) -> None:
+def test_ties_are_rare_on_a_large_weight(quantizer: Any) -> None:
     W, gram = example(2050, 1032)
     feedback = feedback_of(gram)
     ours, twin = with_kernel(W, quantizer, feedback), round_with_feedback(W, quantizer, feedback)
@@ -304,8 +346,12 @@ def test_rows_know_nothing_of_each_other() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.skipif(INTERPRETED, reason="about a GPU")
-@pytest.mark.parametrize("quantizer", [Uniform(2, 64), UniformSymmetric(4, -1)], ids=str)
-def test_nothing_waits_for_the_gpu(quantizer: Uniform) -> None:
+@pytest.mark.parametrize(
+    "quantizer",
+    [Uniform(2, 64), UniformSymmetric(4, -1), Lloyd(2, 64), Lloyd(4, -1), NormalFloat(4, 40, scale_dtype=F16)],
+    ids=str,
+)
+def test_nothing_waits_for_the_gpu(quantizer: Any) -> None:
     W, gram = (tensor.cuda() for tensor in example(64, 600))
     feedback = feedback_of(gram)
     round_with_feedback(W, quantizer, feedback)  # compiles, and copies the constants

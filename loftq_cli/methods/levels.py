@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,19 +23,18 @@ class Levels:
 
     values: Tensor
 
-    @property
+    @cached_property
     def step(self) -> Tensor:
         """The mean distance between neighbours: what the step is to a grid."""
         return (self.values[-1] - self.values[0]) / (len(self.values) - 1)
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of the levels nearest to `x`, int32."""
-        return torch.bucketize(x, (self.values[1:] + self.values[:-1]) / 2, out_int32=True)
+        return torch.bucketize(x, self._middles, out_int32=True)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The levels nearest to `x`; numbers more than half a distance beyond the outermost have no gradient."""
-        low, high = self.values[0] - self._below[0] / 2, self.values[-1] + self._above[-1] / 2
-        return through(x.clamp(low, high), lambda x: self.values[self.codes(x)])
+        return through(x.clamp(*self._ends), lambda x: self.values[self.codes(x)])
 
     def near(self, x: Tensor, codes: Tensor) -> Tensor:
         """`x`, moved to where the levels of `codes` are nearest."""
@@ -43,13 +43,21 @@ class Levels:
         offset = torch.minimum(x - level, NEAREST * self._above[codes])
         return level + torch.maximum(offset, -NEAREST * self._below[codes])
 
-    @property
+    @cached_property
+    def _middles(self) -> Tensor:
+        return (self.values[1:] + self.values[:-1]) / 2
+
+    @cached_property
     def _below(self) -> Tensor:
         """From each level to the one below it; the lowest has as far to go down as up."""
         gaps = self.values.diff()
         return torch.cat([gaps[:1], gaps])
 
-    @property
+    @cached_property
     def _above(self) -> Tensor:
         gaps = self.values.diff()
         return torch.cat([gaps, gaps[-1:]])
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        return self.values[0] - self._below[0] / 2, self.values[-1] + self._above[-1] / 2
