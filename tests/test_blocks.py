@@ -350,10 +350,10 @@ def test_training_lowers_what_it_trains_on(
     for name, more in {
         "cloq": {"method": "cloq"},
         "lw": {"method": "apiq-lw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
-        "bw": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003},
+        "bw": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003, "code_lr": 1e-3},
         "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
         "codes stay": {"method": "apiq-bw", "epochs": 8, "clip_lr": 0.01, "factor_lr": 0.003, "code_lr": 0},
-        "augmented": {"method": "apiq-bw", "augmented": True, "epochs": 2, "rank": 8, "alpha": 16},
+        "augmented": {"method": "apiq-bw", "augmented": True, "epochs": 2, "rank": 8, "alpha": 16, "code_lr": 1e-3},
         "symmetric": {"method": "apiq-bw", "init": "qlora", "quantizer": "uniform-symmetric", "epochs": 2},
         "lw-paper": {"method": "apiq-lw", "init": "qlora", "epochs": 8, "clip_lr": 0.05, "factor_lr": 0.01},
     }.items():
@@ -395,7 +395,7 @@ def test_calibrated_methods_take_codebooks(
         "qera": {"method": "qera"},
         "cloq": {"method": "cloq"},
         "lw": {"method": "apiq-lw", **rates},
-        "bw": {"method": "apiq-bw", **rates},
+        "bw": {"method": "apiq-bw", "code_lr": 1e-3, **rates},
         "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 4, "clip_lr": 0.02, "factor_lr": 0.01},
     }.items():
         config = {**options(text, quantizer=quantizer), **more, **method}
