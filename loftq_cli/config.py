@@ -91,10 +91,6 @@ class QuantizeConfig(BaseModel):
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
         quantizer = self.default_quantizer()
-        if (self.method == "cloq" or self.is_trained) and quantizer not in GRIDS:
-            raise ValueError(
-                f"`method` {self.method} needs a grid of integers: use the quantizer `uniform`, not `{quantizer}`"
-            )
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
@@ -130,11 +126,11 @@ class QuantizeConfig(BaseModel):
             return self.quantizer
         if self.format == "compressed-tensors":
             return "uniform-symmetric"
-        if self.method == "cloq" or self.is_trained:
-            return "uniform"
         widths = {self.bits, *self.bits_for.values()}
         if self.format == "packed":
             return "uniform" if 8 in widths else "lloyd"
+        if self.method == "cloq" or self.is_trained:
+            return "uniform"
         return "nf" if widths == {4} and self.format in ("auto", "bnb", "dense") else "uniform"
 
 

@@ -190,17 +190,24 @@ def _loaded_dtype(stored: torch.dtype, config: dict[str, Any]) -> torch.dtype:
     return named if named in FLOATS and named.itemsize < stored.itemsize else stored
 
 
-def refuse_rank(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
-    """Refuse a rank that some weight cannot have.
+def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
+    """Refuse a rank that some weight cannot have, and blocks that span rows where a method takes rows apart.
 
     Raises:
-        LoftqError: with the largest rank that every weight takes.
+        LoftqError: with the largest rank that every weight takes, or other ways out.
     """
     if too_small := [job for job in jobs if config.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(
             f"`--rank {config.rank}` is above the smaller side of {_name(too_small)}",
             f"the largest rank that every weight takes is `--rank {largest}`; or leave them out with `--skip`",
+        )
+    across = [job for job in jobs if job.quantizer == "nf" and job.shape[1] % job.group_size]
+    if across and (config.method == "cloq" or config.is_trained):
+        raise LoftqError(
+            f"`--method {config.method}` needs blocks that lie in one row each, and those of {across[0].group_size} "
+            f"would span the rows of {_name(across)}",
+            "use a `--group-size` that divides their in_features, `--quantizer nf-search`, or `--method qera`",
         )
 
 

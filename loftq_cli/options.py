@@ -18,7 +18,7 @@ Quantizer = Annotated[
     str | None,
     typer.Option(
         help="uniform, uniform-symmetric; or a codebook: nf (NormalFloat), nf-search, lloyd. "
-        "\\[default: lloyd in packed, nf at 4 bits, else uniform]",
+        "\\[default: lloyd in packed, nf at 4 bits but for cloq and apiq, else uniform]",
         rich_help_panel=QUANTIZATION,
     ),
 ]
@@ -119,7 +119,8 @@ ClipLr = Annotated[
 CodeLr = Annotated[
     float | None,
     typer.Option(
-        help="apiq-bw: of the codes, in steps of the grid; 0 leaves them as the start has them. \\[default: 2e-3]",
+        help="apiq-bw: of the codes, in steps of the grid, or mean distances of levels; 0 leaves them as the start has "
+        "them. \\[default: 2e-3]",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -26,8 +26,8 @@ from loftq_cli.jobs import (
     make_batches,
     make_jobs,
     reasons,
+    refuse_misfits,
     refuse_ragged_groups,
-    refuse_rank,
 )
 from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
@@ -196,7 +196,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets.linears.values(), decided)
-    refuse_rank(jobs, decided)
+    refuse_misfits(jobs, decided)
     notes = [targets.note] if targets.note else []
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:

@@ -15,7 +15,7 @@ from rich.filesize import decimal as size
 
 from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
-from loftq_cli.config import CALIBRATED, GRIDS, QuantizeConfig
+from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import TABLE_WIDTH, Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
@@ -114,7 +114,7 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         output.note(
             "made without looking at text, a 2-bit model hardly speaks before it is fine-tuned; looking at some takes "
             "longer, and its outputs stay much closer to the source's: "
-            f"`{again('--method', 'cloq' if config['quantizer'] in GRIDS else 'qera', '--overwrite')}`"
+            f"`{again('--method', 'cloq', '--overwrite')}`"
         )
     check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])
     output.result(f"\nCheck it:\n\n  {check}")

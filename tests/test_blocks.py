@@ -374,6 +374,43 @@ def test_training_lowers_what_it_trains_on(
     assert max(last["bw"], last["codes stay"]) < last["cloq"]
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "more"),
+    [
+        ("lloyd", {"format": "packed"}),
+        ("lloyd", {"format": "packed", "double_quant": True}),
+        ("nf-search", {"bits": 3, "group_size": 40}),  # the last group of a row is short
+        ("nf", {"format": "bnb", "bits": 4, "double_quant": True}),
+    ],
+    ids=str,
+)
+def test_calibrated_methods_take_codebooks(
+    speaking: Path, text: Path, tmp_path: Path, quantizer: str, more: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (fitting, blocks):
+        monkeypatch.setattr(module, "STEP_TOKENS", 64)
+    last: dict[str, float] = {}
+    rates = {"epochs": 4, "clip_lr": 0.003, "factor_lr": 0.001}
+    for name, method in {
+        "qera": {"method": "qera"},
+        "cloq": {"method": "cloq"},
+        "lw": {"method": "apiq-lw", **rates},
+        "bw": {"method": "apiq-bw", "code_lr": 1e-3, **rates},
+        "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 4, "clip_lr": 0.02, "factor_lr": 0.01},
+    }.items():
+        config = {**options(text, quantizer=quantizer), **more, **method}
+        report = pipeline.quantize(speaking, tmp_path / name, **config)
+        assert verify(tmp_path / name, str(speaking)).violations == ()
+        last[name] = report["calibration"]["blocks"][-1]["held_out_output_error"]
+        for row in report["weights"]:
+            assert row["quantizer"] == quantizer
+            if "training" in row:
+                assert row["training"]["after"] <= row["training"]["before"]
+                assert row["training"]["skipped"] == 0
+    assert last["cloq"] < last["qera"]
+    assert last["bw"] < last["cloq"]
+
+
 def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: Path) -> None:
     """Judged by what source and loaded model say of the samples held out; its report is of the factors it leaves."""
     config = options(text, method="cloq", finish_epochs=6, finish_lr=2e-3)
@@ -448,7 +485,7 @@ def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path
         {"format": "gptq"},
         {"format": "packed", "quantizer": "uniform"},
         {"format": "packed", "quantizer": "uniform-symmetric"},
-        {"format": "packed", "quantizer": "lloyd", "double_quant": True, "method": "qera"},
+        {"format": "packed", "quantizer": "lloyd", "double_quant": True},
         {"format": "compressed-tensors", "bits": 4},
         {"format": "bnb", "bits": 4, "quantizer": "nf", "double_quant": True, "method": "qera", "group_size": 64},
     ],
@@ -556,8 +593,9 @@ def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -
 def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(LoftqError, match="tokenizer"):
         pipeline.quantize(tiny_llama, tmp_path / "a", **options(text, method="qera"))
-    with pytest.raises(ConfigError, match="grid of integers"):
-        pipeline.quantize(speaking, tmp_path / "b", **options(text, method="cloq", quantizer="nf", bits=4))
+    for method in ("cloq", "apiq-lw", "apiq-bw"):
+        with pytest.raises(LoftqError, match="blocks that lie in one row each, and those of 40"):
+            pipeline.quantize(speaking, tmp_path / "b", **options(text, method=method, quantizer="nf", group_size=40))
     with pytest.raises(ConfigError, match="makes nothing of it"):
         pipeline.quantize(speaking, tmp_path / "c", **options(text, method="loftq"))
     for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):

@@ -14,7 +14,16 @@ from torch import Tensor
 from loftq_cli.methods import GRAM_METHODS, Decomposition, GramMethod, Inputs, cloq, qera, qlora
 from loftq_cli.methods.feedback import feedback_of, round_with_feedback
 from loftq_cli.methods.gram import square_root, weighted_top_r
-from loftq_cli.quantizers import NormalFloat, Quantizer, Uniform, UniformSymmetric, dequantize, residual
+from loftq_cli.quantizers import (
+    Lloyd,
+    NormalFloat,
+    NormalFloatSearch,
+    Quantizer,
+    Uniform,
+    UniformSymmetric,
+    dequantize,
+    residual,
+)
 from loftq_cli.quantizers.base import unstack
 
 gram_module = importlib.import_module("loftq_cli.methods.gram")
@@ -353,11 +362,39 @@ def test_the_factors_repair_the_values_as_stored(method: str) -> None:
     assert error(W, d, gram) == pytest.approx(least, rel=1e-5)
 
 
-@pytest.mark.parametrize("quantizer", [NormalFloat(4), NormalFloat(2, double_quant=True)], ids=str)
-def test_cloq_refuses_codebooks(quantizer: Quantizer) -> None:
-    with pytest.raises(ValueError, match="uniform"):
-        run(cloq, weight(48, 64), quantizer, 4, correlated(64))
-    assert run(qera, weight(48, 64), quantizer, 4, correlated(64)).iterations == 1, "which qera does not mind"
+def test_cloq_refuses_blocks_that_leave_their_row() -> None:
+    with pytest.raises(ValueError, match="along each row"):
+        run(cloq, weight(48, 80), NormalFloat(4), 4, correlated(80))
+    assert run(qera, weight(48, 80), NormalFloat(4), 4, correlated(80)).iterations == 1, "which qera does not mind"
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Lloyd(2, 64),
+        Lloyd(3, 48, torch.bfloat16),
+        Lloyd(4, -1, double_quant=True),
+        NormalFloatSearch(3, 32),
+        NormalFloat(2, 32, scale_dtype=torch.float16),
+        NormalFloat(4, 64, double_quant=True),
+    ],
+    ids=str,
+)
+def test_cloq_takes_codebooks(quantizer: Quantizer) -> None:
+    """Factors are the best for the values stored; the alternation pays; other weights of a batch change nothing."""
+    W, gram = weight(96, 128), correlated(128)
+    d = run(cloq, W, quantizer, 8, gram)
+    assert d.quantized.zero_point is None
+    least = least_errors(W - dequantize(d.quantized), gram, 8)
+    assert error(W, d, gram) == pytest.approx(least, rel=1e-4)
+    assert error(W, d, gram) < 0.8 * error(W, run(qera, W, quantizer, 8, gram), gram)
+    assert error(W, d, gram) <= error(W, run(cloq, W, quantizer, 8, gram, iters=1), gram)
+    if quantizer.empty(1, 128).nested is not None:
+        return
+    batch = torch.stack([W, torch.zeros(96, 128), weight(96, 128, seed=1)])
+    together = cloq(batch, quantizer, 8, inputs=Inputs(gram), iters=5, seeds=[0, 1, 2])
+    assert together.iterations[1] == 0, "nothing to repair"
+    assert error(W, together, gram) == pytest.approx(error(W, d, gram), rel=1e-4)
 
 
 @settings(max_examples=60, deadline=None)

@@ -207,7 +207,6 @@ def test_packed_stores_two_bits_and_little_more(tiny_llama: Path, options: dict[
         ({"bits": 5}, "`--bits 5`"),
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
         ({"quantizer": "lloyd", "bits_for": {"*.down_proj": 8}}, "lloyd has 2, 3 or 4 bits"),
-        ({"quantizer": "lloyd", "method": "cloq"}, "use the quantizer `uniform`, not `lloyd`"),
         ({"double_quant": True, "bits": 2}, "`--double-quant` quantizes the scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),

@@ -16,13 +16,14 @@ WIDEST_WITH_FEEDBACK = 128  # so are columns that mend each other, one by one
 
 
 class Kernels(NamedTuple):
-    """The functions of the modules that they are named after, and one module whole."""
+    """The functions of the modules that they are named after, one module whole, and another function of `feedback`."""
 
     uniform: Callable[..., Any]
     codebook: Callable[..., Any]
     residual: Callable[..., Any]
     small: ModuleType | None = None
     feedback: Callable[..., Any] | None = None
+    feedback_to_levels: Callable[..., Any] | None = None
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def fused() -> Kernels | None:
     try:
         from loftq_cli.kernels import small
         from loftq_cli.kernels.codebook import codebook
-        from loftq_cli.kernels.feedback import feedback
+        from loftq_cli.kernels.feedback import feedback, feedback_to_levels
         from loftq_cli.kernels.residual import residual
         from loftq_cli.kernels.uniform import uniform
 
@@ -44,4 +45,4 @@ def fused() -> Kernels | None:
     except Exception as error:
         warnings.warn(f"the fused kernels do not run here, torch is used: {error}", stacklevel=2)
         return None
-    return Kernels(uniform, codebook, residual, small, feedback)
+    return Kernels(uniform, codebook, residual, small, feedback, feedback_to_levels)

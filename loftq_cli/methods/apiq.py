@@ -1,4 +1,4 @@
-"""ApiQ (arXiv 2402.05147): train factors and grids so that outputs stay what they were, by layer or by block."""
+"""ApiQ (arXiv 2402.05147): train factors, scales, codes so that outputs stay what they were, by layer or by block."""
 
 from __future__ import annotations
 

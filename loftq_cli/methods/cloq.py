@@ -13,7 +13,7 @@ from loftq_cli.methods.feedback import round_with_feedback
 from loftq_cli.methods.gram import weigh, weighted_top_r
 from loftq_cli.methods.inputs import Inputs
 from loftq_cli.methods.qlora import zero_start
-from loftq_cli.quantizers.base import Quantizer, quantize_residual
+from loftq_cli.quantizers.base import Quantizer, in_rows, quantize_residual
 from loftq_cli.quantizers.base import residual as residual_of
 
 
@@ -33,11 +33,10 @@ def cloq(
     with plain quantization, which is the result, with QLoRA's start, where no alternation helps.
 
     Raises:
-        ValueError: the quantizer has no integer zero points, or groups that leave their row.
+        ValueError: the quantizer has groups that leave their row.
     """
-    like = quantizer.empty(1, W.shape[2])
-    if like.zero_point is None or like.scale.ndim != 2:
-        raise ValueError("cloq needs a uniform quantizer: integer zero points, and groups along each row")
+    if not in_rows(quantizer, W.shape[2]):
+        raise ValueError("cloq needs groups along each row")
     start = zero_start(W, rank, seeds)
     with timed("quantize"):
         quantized, residual = quantize_residual(quantizer, W)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels import fused
+from loftq_cli.kernels import WIDEST_WITH_FEEDBACK, fused
 from loftq_cli.quantizers.nested import NestedScale
 
 # Weights per chunk. On a CPU a chunk's buffers should stay in the cache, where a pass over them costs 0.06 ns per
@@ -60,6 +60,10 @@ class Quantizer(Protocol):
 
     def empty(self, m: int, n: int) -> QuantizedWeight:
         """The result of `quantize` for an [m, n] weight on the meta device: shapes and dtypes without values."""
+        ...
+
+    def codebook(self, device: torch.device) -> Tensor | None:
+        """The levels, float32 [2**bits], ascending, kept for each device; None for a grid."""
         ...
 
 
@@ -131,6 +135,27 @@ def quantize_residual(
     n = W.shape[2]
     quantized = quantizer.quantize(target.reshape(-1, n))
     return quantized, residual(W.reshape(-1, n), quantized).view(W.shape)
+
+
+def in_rows(quantizer: Quantizer, n: int) -> bool:
+    """Whether groups of a weight of `n` inputs lie each in one row."""
+    like = quantizer.empty(1, n)
+    return like.scale.ndim == 2 or n % like.group_size == 0
+
+
+def feedback_to_levels(
+    columns: Tensor, codes: Tensor, scale: Tensor, feedback: Tensor, g: int | None, levels: Tensor, search: Any
+) -> bool:
+    """`methods.feedback.round_block` for a codebook in one kernel, on CUDA; False where there is none for it.
+
+    `search` is what the kernel has from `shares` on. A short last group has other shares: it goes the other way.
+    """
+    k = len(columns)
+    kernels = fused() if (g or k) <= WIDEST_WITH_FEEDBACK and k % (g or k) == 0 else None
+    if kernels is None or kernels.feedback_to_levels is None:
+        return False
+    kernels.feedback_to_levels(columns, codes, scale, feedback, levels, g or k, g is not None, *search)
+    return True
 
 
 def stackable(quantizer: Quantizer, m: int, n: int) -> bool:

@@ -9,6 +9,7 @@ of the error by it.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight
+from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight, feedback_to_levels
 from loftq_cli.quantizers.nested import empty_nested, nest, unnest
 from loftq_cli.quantizers.normal_float import normal_float_codebook
 
@@ -69,12 +70,23 @@ class SearchedCodebook(ABC):
         for rows, columns, groups, w in _pieces(W, g):
             codes = result.codes[rows, columns]
             codes.copy_(encode(w, result.scale[rows, groups].reshape(-1), levels).view(codes.shape))
-        codebook = torch.tensor(levels, dtype=torch.float32, device=W.device)
-        return replace(result, codebook=codebook, nested=nested)
+        return replace(result, codebook=self.codebook(W.device), nested=nested)
 
     def empty(self, m: int, n: int) -> QuantizedWeight:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
         return self._allocate(m, n, torch.device("meta"))
+
+    def codebook(self, device: torch.device) -> Tensor:
+        """The levels, float32 [2**bits]."""
+        return _on_device(tuple(self.levels()), device)
+
+    def fused_feedback(
+        self, columns: Tensor, codes: Tensor, scale: Tensor, zero_point: None, feedback: Tensor, g: int | None
+    ) -> bool:
+        """`methods.feedback.round_block` in one kernel, on CUDA; False, with nothing done, where there is none."""
+        signed = [sign * share for share in shares_of(g or len(columns)) for sign in (1, -1)]
+        search = signed, REFINEMENTS, torch.float16, self.dtype
+        return feedback_to_levels(columns, codes, scale, feedback, g, self.codebook(columns.device), search)
 
     def _allocate(self, m: int, n: int, device: torch.device) -> QuantizedWeight:
         g = n if self.group_size == -1 else self.group_size
@@ -112,8 +124,15 @@ class Lloyd(SearchedCodebook):
         return LLOYD[self.bits]
 
 
+@functools.cache  # for a copy to a GPU waits for it
+def _on_device(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
 def search(w: Tensor, levels: Sequence[float]) -> Tensor:
     """Find the scale of least squared error for each row of `w` [G, g]; float16 [G].
+
+    `kernels.feedback` repeats it, for CUDA: a change here is a change there.
 
     Of the codes that a scale leads to, with the values `v`, the best scale is `<w, v> / <v, v>`, and it takes
     `<w, v>² / <v, v>` off the squared error. So shares of the largest magnitude, of either sign, are judged by that,
@@ -131,15 +150,20 @@ def search(w: Tensor, levels: Sequence[float]) -> Tensor:
         better = product * optimum > gain
         best, gain = torch.where(better, optimum, best), torch.where(better, product * optimum, gain)
 
-    shares = list(SHARES)
-    while shares[-1] > 2 / w.shape[1] ** 0.5:  # an outlier of √g standard deviations can still be clipped
-        shares.append(shares[-1] * 0.7)
-    for share in shares:
+    for share in shares_of(w.shape[1]):
         judge(largest * share)
         judge(largest * -share)
     for _ in range(REFINEMENTS):
         judge(best)
     return best.half()
+
+
+def shares_of(g: int) -> list[float]:
+    """What is tried for groups of `g`."""
+    shares = list(SHARES)
+    while shares[-1] > 2 / g**0.5:  # an outlier of √g standard deviations can still be clipped
+        shares.append(shares[-1] * 0.7)
+    return shares
 
 
 def encode(w: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:

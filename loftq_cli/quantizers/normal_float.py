@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import WIDEST, WIDEST_WITH_PRODUCT, fused
-from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight, residual
+from loftq_cli.quantizers.base import CPU_CHUNK, GPU_CHUNK, QuantizedWeight, feedback_to_levels, residual
 from loftq_cli.quantizers.nested import NestedScale, empty_nested, nest, unnest
 
 OFFSET = 0.9677083  # the outermost quantile, of QLoRA and LoftQ
@@ -92,6 +92,17 @@ class NormalFloat:
 
         nested = empty_nested(blocks) if self.double_quant else None
         return self._result(meta(m, n, dtype=torch.uint8), meta(blocks), nested)
+
+    def codebook(self, device: torch.device) -> Tensor:
+        """NF2, NF3 or NF4."""
+        return normal_float_codebook(self.bits, device)
+
+    def fused_feedback(
+        self, columns: Tensor, codes: Tensor, scale: Tensor, zero_point: None, feedback: Tensor, g: int | None
+    ) -> bool:
+        """`methods.feedback.round_block` in one kernel, on CUDA; False, with nothing done, where there is none."""
+        search: tuple[list[float], int, torch.dtype, torch.dtype] = [], 0, self.scale_dtype, self.dtype
+        return feedback_to_levels(columns, codes, scale, feedback, g, self.codebook(columns.device), search)
 
     def _block(self, n: int) -> int:
         return n if self.group_size == -1 else self.group_size

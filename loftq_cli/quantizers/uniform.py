@@ -69,6 +69,9 @@ class Uniform:
         """The result of `quantize` for an [m, n] weight, on the meta device."""
         return self._allocate(m, n, torch.device("meta"))
 
+    def codebook(self, device: torch.device) -> None:
+        """None."""
+
     def fused_residual(
         self, W: Tensor, lora_A: Tensor | None, lora_B: Tensor | None
     ) -> tuple[QuantizedWeight, Tensor] | None:
