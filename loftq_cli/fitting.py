@@ -77,10 +77,17 @@ class Block:
         """Where it is."""
         return next(iter(self.quantized.parameters())).device
 
-    def pairs(self) -> Iterable[Pair]:
-        """The micro-batches of both streams."""
+    def pairs(self, held_out: bool | None = None) -> Iterable[Pair]:
+        """The micro-batches of both streams: all, or those held out, or the others."""
+        parts = [part for part in self.stream.parts if held_out in (None, part.start >= self.share.seen)]
         both = (self.enters_source, self.enters_quantized)
-        return zip(*(self.stream.runs(self.stack, self.number, entering) for entering in both), strict=True)
+        return zip(*(self.stream.runs(self.stack, self.number, entering, parts) for entering in both), strict=True)
+
+    def inputs(self, layer: str, held_out: bool) -> Inputs:
+        """Moments of what enters a layer."""
+        with self.watch("text"):
+            found = moments(self.source, self.quantized, layer, self.pairs(held_out), self.share.mean)
+        return Inputs(found.gram, found.drift)
 
     def put(self, layer: str, weight: Tensor) -> None:
         """Give a layer of the quantized block its weight."""
@@ -107,23 +114,19 @@ def fit(plan: Plan, block: Block, jobs: Mapping[str, WeightJob]) -> dict[str, Fi
     groups = _groups(block, list(jobs))
     fitted: dict[str, Fitted] = {}
     for layers in groups:
-        both: tuple[Inputs, ...] = ()
-        if plan.needs_moments:
-            with block.watch("text"):
-                share = block.share
-                found = moments(block.source, block.quantized, layers[0], block.pairs(), share.seen, share.mean)
-            both = tuple(Inputs(of.gram, of.drift) for of in found)
+        inputs = block.inputs(layers[0], held_out=False) if plan.needs_moments else None
+        held_out = block.inputs(layers[0], held_out=True) if config.method == "apiq-lw" else None
         for layer in layers:
             W = read_weight(plan, jobs[layer], block.device)[None]
             watch = Stopwatch(W.device)
-            made = decompose(plan, WeightBatch((jobs[layer],)), W, both[0] if both else None, watch)
+            made = decompose(plan, WeightBatch((jobs[layer],)), W, inputs, watch)
             training = None
-            if config.method == "apiq-lw":
+            if inputs is not None and held_out is not None:
                 weight = _trained(plan, W, made)
-                held_out = both[1] if both[1].gram.any() else both[0]  # a router may have sent nothing of them
+                judge = held_out if held_out.gram.any() else inputs  # a router may have sent nothing of them
                 steps = len(block.share.batches(*block.stream.tokens.shape)[0])
                 with torch.enable_grad(), block.watch("train"):
-                    training = fit_layer(W[0].float(), weight, both[0], held_out, steps, _how(plan))
+                    training = fit_layer(W[0].float(), weight, inputs, judge, steps, _how(plan))
                 made = weight.decomposition()
             fitted[layer] = Fitted(W, made, watch, training)
             block.put(layer, dequantize(made.quantized) + made.factors.product()[0])

@@ -34,11 +34,10 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
 # Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
-# libraries; float32 copies of the largest batch alive at once on a CPU; bytes on a GPU per weight computed at once.
-RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 3 << 30
-WORKING_COPIES = 12
-GPU_BYTES_PER_WEIGHT = 21
-MOMENT_BYTES, TRAINED_BYTES_PER_WEIGHT = 72, 56  # of the square of a layer's inputs; of the weights of a block
+# libraries; float32 copies of the largest batch alive at once on a CPU; bytes on a GPU per weight computed at once, per
+# element of the square of a layer's inputs, and per weight of a block that trains.
+RUNTIME_BYTES, GPU_RUNTIME_BYTES, WORKING_COPIES = 380 << 20, 3 << 30, 12
+GPU_BYTES_PER_WEIGHT, GPU_MOMENT_BYTES, GPU_TRAINED_BYTES = 21, 72, 56
 GPU_ELEMENTS = 200_000_000  # weights that are computed at once on a GPU, at most; a larger one is computed alone
 ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -142,17 +141,14 @@ class Plan:
 
     @property
     def peak_device_bytes(self) -> int:
-        """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU.
-
-        Of a calibrated method a block: the moments of its widest inputs, or what trains. Its text comes on top.
-        """
-        if self.on_gpu and self.is_calibrated:
+        """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
+        if self.on_gpu and self.is_calibrated:  # moments of the widest inputs, or what trains; beside the block twice
             blocks = Counter[str | None]()
             for job in self.jobs:
                 blocks[job.block] += math.prod(job.shape)
             weights, widest = max(blocks.values()), max(job.shape[1] for job in self.jobs) * self.needs_moments
-            trained = TRAINED_BYTES_PER_WEIGHT * weights * (self.config.method == "apiq-bw")
-            return max(MOMENT_BYTES * widest**2, trained) + 4 * weights
+            trained = GPU_TRAINED_BYTES * weights * (self.config.method == "apiq-bw")
+            return max(GPU_MOMENT_BYTES * widest**2, trained) + 4 * weights
         together = min(GPU_ELEMENTS, sum(self._batches[-2:]))
         return GPU_BYTES_PER_WEIGHT * max(self._batches[-1], together) if self.on_gpu else 0
 

@@ -30,10 +30,11 @@ NAME, SOURCE = "perplexity", "source"
 DATA = Path(__file__).parent / "data"
 TEXTS = {"Wikipedia": DATA / "wikipedia_eval.txt", "Austen": DATA / "austen_persuasion.txt"}
 UNIFORM = "--quantizer uniform --format dense"  # dense, so that every arm is computed in the same way
+LLOYD = "--quantizer lloyd --format dense"
 ARMS = {  # name → what it adds to `loftq quantize`
     "qlora-nf": "--method qlora --quantizer nf --format dense",
     "loftq-nf": "--method loftq --quantizer nf --format dense",  # LoftQ as published
-    "loftq-lloyd": "--method loftq --quantizer lloyd --format dense",
+    "loftq-lloyd": f"--method loftq {LLOYD}",
     "loftq-lloyd-packed": "--method loftq --quantizer lloyd --format packed",  # the same model, as it is trained
     "qlora": f"--method qlora {UNIFORM}",
     "loftq": f"--method loftq {UNIFORM}",
@@ -44,6 +45,9 @@ ARMS = {  # name → what it adds to `loftq quantize`
     "apiq-bw-paper": f"--method apiq-bw --init qlora --epochs 20 {UNIFORM}",
     "cloq-finish": f"--method cloq --finish-epochs 4 {UNIFORM}",
     "apiq-bw-finish": f"--method apiq-bw --finish-epochs 4 {UNIFORM}",
+    "cloq-lloyd": f"--method cloq {LLOYD}",
+    "apiq-bw-lloyd": f"--method apiq-bw {LLOYD}",
+    "apiq-bw-finish-lloyd": f"--method apiq-bw --finish-epochs 4 {LLOYD}",
 }
 WITHOUT_TEXT = ("loftq", "qlora")  # every other method is calibrated
 COLUMNS = {  # an untuned 2-bit model can be thousands of times worse, so digits are counted, not decimals

@@ -304,7 +304,9 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
         base = module.get_parameter("self_attn.v_proj.weight") + 0.3 * noise
         bases = {"self_attn.v_proj": base, "mlp.down_proj": module.get_parameter("mlp.down_proj.weight").clone()}
         block.put("self_attn.v_proj", repaired)
-        found = moments(block.source, module, "mlp.down_proj", block.pairs(), 4, alone)
+        found = [
+            moments(block.source, module, "mlp.down_proj", block.pairs(held_out), alone) for held_out in (False, True)
+        ]
         errors = compare(block.source, module, bases, block.pairs(), 4, hand_on, alone)
     for which, rows in enumerate((slice(0, 4), slice(4, 6))):
         x, ours = (seen[rows].flatten(0, 1) for seen in entered["mlp.down_proj"])

@@ -50,29 +50,27 @@ def by_input(block: nn.Module, layers: Sequence[str], run: Run) -> list[list[str
 
 
 def moments(
-    source: nn.Module, block: nn.Module, layer: str, pairs: Iterable[Pair], seen: int, mean: Callable[[Tensor], None]
-) -> tuple[Moments, Moments]:
-    """The moments of what enters `layer`, of the first `seen` samples and of the others, of all processes (`mean`).
+    source: nn.Module, block: nn.Module, layer: str, pairs: Iterable[Pair], mean: Callable[[Tensor], None]
+) -> Moments:
+    """The moments of what enters `layer`, of all processes (`mean`).
 
     Of tokens that a router chose, in each block for itself, nothing is known of a drift.
     """
     weight = block.get_parameter(f"{layer}.weight")
-    sums = torch.zeros(2, 2, weight.shape[1], weight.shape[1], device=weight.device)
-    counts = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    sums = torch.zeros(2, weight.shape[1], weight.shape[1], device=weight.device)
+    tokens = torch.zeros(1, dtype=torch.float64, device=weight.device)
     for source_run, run in pairs:
-        which = int(run.rows.start >= seen)
         inputs = [_input_of(layer, source, source_run), _input_of(layer, block, run)]
         x, ours = (None if value is None else value.flatten(0, -2) for value in inputs)
         if ours is None:
             continue
-        counts[which] += len(ours)
-        add_product(sums[which, 0], ours, ours)
+        tokens += len(ours)
+        add_product(sums[0], ours, ours)
         if x is not None and _are_all(x, run) and _are_all(ours, run):
-            add_product(sums[which, 1], x - ours, ours)
+            add_product(sums[1], x - ours, ours)
     mean(sums)
-    mean(counts)
-    gram, held_out = (Moments(*total.div_(count or 1)) for total, count in zip(sums, counts.tolist(), strict=True))
-    return gram, held_out
+    mean(tokens)
+    return Moments(*sums.div_(tokens.item() or 1))
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:

@@ -100,7 +100,7 @@ class BlockStream:
         parts: Sequence[slice], device: torch.device, dtype: torch.dtype, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
-        self.tokens, self._parts, self._folder = tokens, parts, folder
+        self.tokens, self.parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
         self._ties = ties_of(model)
         for module in model.modules():  # a T5's decoder has a configuration of its own
@@ -120,7 +120,7 @@ class BlockStream:
     def begin(self, stack: Stack, ends: dict[str, Activations]) -> Entering:
         """The stream that enters the first block of `stack`, behind stacks with these `ends`."""
         made: Activations | None = None
-        for rows in self._parts:
+        for rows in self.parts:
             hidden = hidden_of(self._caught(stack, 0, rows, None, ends))
             if len(hidden) != rows.stop - rows.start:
                 raise LoftqError(f"samples are not the first dimension of what enters `{stack.path}`", WAY_OUT)
@@ -131,7 +131,7 @@ class BlockStream:
 
     def buffer(self, shape: Sequence[int]) -> Activations:
         """Room for activations of all samples, each of `shape`."""
-        return Activations(self._parts, shape, self.dtype, self._folder, pinned=self.device.type == "cuda")
+        return Activations(self.parts, shape, self.dtype, self._folder, pinned=self.device.type == "cuda")
 
     @contextmanager
     def loaded(self, stack: Stack, number: int) -> Iterator[nn.Module]:
@@ -199,9 +199,9 @@ class BlockStream:
         tokens = (rows.stop - rows.start) * self.tokens.shape[1]
         return Run(rows, tokens, f"{stack.path}.{number}", stack.stand_ins[number], arguments)
 
-    def runs(self, stack: Stack, number: int, stream: Entering) -> Iterator[Run]:
-        """Every micro-batch of `stream`."""
-        return (self.run(stack, number, stream, rows) for rows in self._parts)
+    def runs(self, stack: Stack, number: int, stream: Entering, parts: Sequence[slice] | None = None) -> Iterator[Run]:
+        """Micro-batches of `stream`: all of them, or these."""
+        return (self.run(stack, number, stream, rows) for rows in (self.parts if parts is None else parts))
 
     def outputs(self, stack: Stack, number: int, block: nn.Module, stream: Entering) -> Activations:
         """What `block` makes of `stream`: [samples, seqlen, hidden_size]."""
