@@ -244,9 +244,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(text: Path, **more: Any) -> dict[str, Any]:
+    alternates = more.get("method") != "qera" and more.get("init") != "qlora"
     return {
         "bits": 2, "rank": 4, "group_size": 32, "format": "dense", "device": "cpu", "calibration": str(text),
-        "samples": 12, "seqlen": 32, "iters": 2, **more,
+        "samples": 12, "seqlen": 32, **({"iters": 2} if alternates else {}), **more,
     }  # fmt: skip
 
 
@@ -366,8 +367,10 @@ def test_training_lowers_what_it_trains_on(
                 assert "training" not in row
                 continue
             training = row["training"]
-            assert training["after"] < training["before"]
             assert training["skipped"] == 0
+            assert training["after"] <= training["before"]
+            if ".layers.0." not in row["name"]:  # of which `cloq` may leave nothing to gain
+                assert training["after"] < training["before"]
             if name in ("bw", "codes stay", "paper", "symmetric"):
                 error = of_block[row["name"].rpartition(".layers.")[0] + ".layers." + row["name"].split(".")[2]]
                 assert training["after"] ** 0.5 == pytest.approx(error, rel=0.02)
@@ -455,7 +458,7 @@ def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path
     ids=str,
 )
 def test_a_gpu_reads_back_every_format(speaking: Path, text: Path, tmp_path: Path, more: Any) -> None:
-    config = {**options(text, method="cloq"), "device": "cuda", **more}
+    config = options(text, **{"method": "cloq", "device": "cuda", **more})
     pipeline.quantize(speaking, tmp_path / "out", **config)
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
@@ -531,7 +534,7 @@ def test_resumed_bytes_are_those_of_a_straight_run(
 
 
 def test_too_little_text_is_said(speaking: Path, text: Path, tmp_path: Path) -> None:
-    words = ["quantize", "--bits=2", "--rank=4", "--group-size=32", "--format=dense", "--device=cpu", "--iters=1"]
+    words = ["quantize", "--bits=2", "--rank=4", "--group-size=32", "--format=dense", "--device=cpu"]
     words += ["--method=qera", f"--calibration={text}", "--seqlen=32", "--samples"]
     said = []
     for samples in ("4", "600"):
@@ -562,6 +565,12 @@ def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) 
     for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):
         with pytest.raises(ConfigError, match="makes nothing of it"):
             pipeline.quantize(speaking, tmp_path / "c", bits=2, **{"method": "cloq", **idle})
+    trained = {"method": "apiq-bw", "init": "qlora"}
+    for idle in ({"method": "qera", "iters": 3}, {**trained, "init": "qera", "iters": 3}, {**trained, "iters": 3}):
+        with pytest.raises(ConfigError, match="makes nothing of `--iters`"):
+            pipeline.quantize(speaking, tmp_path / "c", bits=2, **idle)
+    with pytest.raises(ConfigError, match="leave out `--code-lr`"):
+        pipeline.quantize(speaking, tmp_path / "c", bits=2, **trained, code_lr=0)
     with pytest.raises(LoftqError, match="one window of 100000"):
         pipeline.quantize(speaking, tmp_path / "d", **options(text, method="qera", seqlen=100_000))
     assert not any((tmp_path / name).exists() for name in "abcd")

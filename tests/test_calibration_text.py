@@ -178,6 +178,11 @@ def test_chat_is_rendered_with_the_template(tmp_path: Path) -> None:
     chatml = byte_tokenizer(bos_token="[", eos_token="</s>", chat_template=CHAT)
     made = token_batches(texts, chatml, 1, len(expected) - 3 + 1, 0)
     assert decoded(chatml, made.tokens) == ["[" + expected], "BOS that marks a turn was taken for the text's own"
+    turns = CHAT.replace("\n{% endfor %}{{ eos_token }}", "{{ eos_token }}\n{% endfor %}")  # as ChatML ends them
+    said = "[user] Why?</s>\n[assistant] Because.</s>\n"
+    ended = byte_tokenizer(**SPECIAL, chat_template=turns)
+    made = token_batches([messages, messages, "plain"], ended, 1, 1 + 2 * (len(said) - 6) + 5, 0)
+    assert decoded(ended, made.tokens) == ["<s>" + said + said + "plain"], "an EOS beside the template's own"
     with pytest.raises(LoftqError, match="no chat template"):
         token_batches(texts, MARKED, 1, 8, 0)
     picky = byte_tokenizer(**SPECIAL, chat_template="{{ raise_exception('roles must alternate') }}")
