@@ -299,14 +299,17 @@ def test_without_the_package_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_default_text_is_in_the_package_and_long_enough() -> None:
-    (text,) = read_texts(None)
-    assert isinstance(text, str)
-    assert text == resources.files("loftq_cli.calibration").joinpath("default.txt").read_text(encoding="utf-8")
-    assert text.startswith("It is a truth universally acknowledged")
-    assert "gutenberg" not in text.lower()
-    assert text.isascii()
+    texts = read_texts(None)
+    file = resources.files("loftq_cli.calibration").joinpath("default.txt").read_text(encoding="utf-8")
+    header, *works = file.split("\f")
+    assert "public domain" in header
+    assert texts == works
+    assert header.count("\n- ") == len(works) == 4
+    assert works[0].startswith("It is a truth universally acknowledged")
+    assert "gutenberg" not in file.lower()
+    assert file.isascii()
     assert '"loftq_cli.calibration" = ["default.txt"]' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    for samples, seqlen in ((128, 512), (40, 2048)):
-        made = token_batches([text], Counting(), samples, seqlen, 0)  # type: ignore[list-item, arg-type]
+    for samples, seqlen in ((128, 512), (128, 2048)):
+        made = token_batches(texts, Counting(), samples, seqlen, 0)  # type: ignore[arg-type]
         assert len(made.tokens) == samples
         assert made.note is None

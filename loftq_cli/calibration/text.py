@@ -62,7 +62,8 @@ def read_texts(source: str | None) -> list[Entry]:
         LoftqError: there is no such text, or it is not what it should be; the message names the line or row.
     """
     if source is None:
-        return [resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8")]
+        _, *works = resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8").split("\f")
+        return [*works]  # without what says where they are from
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path.expanduser raises on an unknown `~user`
     try:
         if path.is_dir():
