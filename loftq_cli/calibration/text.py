@@ -62,8 +62,7 @@ def read_texts(source: str | None) -> list[Entry]:
         LoftqError: there is no such text, or it is not what it should be; the message names the line or row.
     """
     if source is None:
-        _, *works = resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8").split("\f")
-        return [*works]  # without what says where they are from
+        return [*resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8").split("\f")[1:]]
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path.expanduser raises on an unknown `~user`
     try:
         if path.is_dir():
@@ -256,27 +255,23 @@ def _paragraph_end(text: str, begin: int, limit: int) -> int:
 
 
 def _tokenize(texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The tokens of each stretch, int64 [n], with an EOS after every text but the last.
-
-    A conversation may end with one already, be it that blanks follow (ChatML's ends with `<|im_end|>` and a newline).
-    """
+    """The tokens of each stretch, int64 [n], with an EOS after every text but the last, and those that end with one."""
     pieces = [piece for stretch in stretches for piece in stretch]
     strings = [
         text[piece.begin : piece.end] if isinstance(text := texts[piece.entry], str) else _render(text, tokenizer)
         for piece in pieces
     ]
     # not verbose: a stretch may be longer than the model's context, of which the tokenizer would warn
-    ids = tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    made = iter(zip(strings, ids, strict=True))
+    made = iter(zip(strings, tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
     tokens = []
     for stretch in stretches:
         joined: list[int] = []
         for piece in stretch:
             string, more = next(made)
             ends = piece.end == _length(texts[piece.entry]) and piece.entry < len(texts) - 1
-            has_ended = bool(eos) and string.rstrip().endswith(str(tokenizer.eos_token))
-            joined += more + (eos if ends and not has_ended else [])
+            ends &= not (eos and string.rstrip().endswith(str(tokenizer.eos_token)))  # a newline follows ChatML's
+            joined += more + (eos if ends else [])
         tokens.append(torch.tensor(joined, dtype=torch.int64))
     return tokens
 
