@@ -94,6 +94,11 @@ class QuantizeConfig(BaseModel):
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
+        start = (self.init or "cloq") if self.is_trained else self.method
+        if self.method in CALIBRATED and start in ("qera", "qlora") and self._was_given("iters"):
+            raise ValueError(f"`{start}` does not alternate: it makes nothing of `iters`")
+        if self.init == "qlora" and self._was_given("code_lr"):
+            raise ValueError("from `init` qlora it is clipping that trains, and decides the codes: leave out `code_lr`")
         if self.double_quant and quantizer in GRIDS:
             raise ValueError(
                 f"`double_quant` quantizes the scales of a codebook, not those of `{quantizer}`: use the quantizer "
@@ -104,8 +109,11 @@ class QuantizeConfig(BaseModel):
     def _refuse_idle(self, names: Iterable[str], methods: tuple[str, ...]) -> None:
         """Refuse options that were given for other methods than this one."""
         for name in names:
-            if self.method not in methods and getattr(self, name) != QuantizeConfig.model_fields[name].default:
+            if self.method not in methods and self._was_given(name):
                 raise ValueError(f"`{name}` is for `method` {', '.join(methods)}; `{self.method}` makes nothing of it")
+
+    def _was_given(self, name: str) -> bool:
+        return bool(getattr(self, name) != QuantizeConfig.model_fields[name].default)
 
     @property
     def is_trained(self) -> bool:
@@ -127,11 +135,13 @@ class QuantizeConfig(BaseModel):
         if self.format == "compressed-tensors":
             return "uniform-symmetric"
         widths = {self.bits, *self.bits_for.values()}
+        if self.format == "bnb" and widths == {4}:
+            return "nf"
         if self.format == "packed":
             return "uniform" if 8 in widths else "lloyd"
         if self.method == "cloq" or self.is_trained:
             return "uniform"
-        return "nf" if widths == {4} and self.format in ("auto", "bnb", "dense") else "uniform"
+        return "nf" if widths == {4} and self.format in ("auto", "dense") else "uniform"
 
 
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> QuantizeConfig:

@@ -85,7 +85,7 @@ Calibration = Annotated[
     typer.Option(
         metavar="FILE|DATASET",
         help="Text that a calibrated method sees: a file (.txt; .jsonl with `text` or `messages`) or a data set "
-        "NAME:CONFIG:SPLIT. \\[default: a novel]",
+        "NAME:CONFIG:SPLIT. \\[default: four works in the public domain]",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -244,9 +245,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(text: Path, **more: Any) -> dict[str, Any]:
+    alternates = more.get("method") != "qera" and more.get("init") != "qlora"
     return {
         "bits": 2, "rank": 4, "group_size": 32, "format": "dense", "device": "cpu", "calibration": str(text),
-        "samples": 12, "seqlen": 32, "iters": 2, **more,
+        "samples": 12, "seqlen": 32, **({"iters": 2} if alternates else {}), **more,
     }  # fmt: skip
 
 
@@ -368,8 +370,10 @@ def test_training_lowers_what_it_trains_on(
                 assert "training" not in row
                 continue
             training = row["training"]
-            assert training["after"] < training["before"]
             assert training["skipped"] == 0
+            assert training["after"] <= training["before"]
+            if ".layers.0." not in row["name"]:  # of which `cloq` may leave nothing to gain
+                assert training["after"] < training["before"]
             if name in ("bw", "codes stay", "paper", "symmetric"):
                 error = of_block[row["name"].rpartition(".layers.")[0] + ".layers." + row["name"].split(".")[2]]
                 assert training["after"] ** 0.5 == pytest.approx(error, rel=0.02)
@@ -400,7 +404,7 @@ def test_calibrated_methods_take_codebooks(
         "bw": {"method": "apiq-bw", "code_lr": 1e-3, **rates},
         "paper": {"method": "apiq-bw", "init": "qlora", "epochs": 4, "clip_lr": 0.02, "factor_lr": 0.01},
     }.items():
-        config = {**options(text, quantizer=quantizer), **more, **method}
+        config = options(text, quantizer=quantizer, **more, **method)
         report = pipeline.quantize(speaking, tmp_path / name, **config)
         assert verify(tmp_path / name, str(speaking)).violations == ()
         last[name] = report["calibration"]["blocks"][-1]["held_out_output_error"]
@@ -434,31 +438,74 @@ def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: 
     assert fit["after"] < 0.9 * fit["before"]
 
 
+# rank 0, which writes, dies by SIGKILL in its second block; every weight is journaled at once
+DYING = """
+import os, signal
+from loftq_cli import outputs
+from loftq_cli.cli import main
+outputs.COMMIT_SECONDS = 0
+original, calls = outputs.Outputs._store, [0]
+def deadly(*args):
+    calls[0] += 1
+    if calls[0] > 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(*args)
+outputs.Outputs._store = deadly
+main()
+"""
+
+EPOCHS = ["--epochs=8", "--finish-epochs=1"]
+
+
 @pytest.mark.parametrize(
     ("more", "tolerance"),
     [
-        (["--method=qera"], 1e-4),
-        (["--method=cloq"], 0.2),  # one code that falls the other way changes all that are rounded after it
-        (["--method=apiq-bw", "--epochs=2", "--finish-epochs=1"], 0.25),
+        (["--method=qera", "--bits=2", "--samples=5"], 1e-4),
+        # a code that falls the other way changes those after it; by one rank's samples alone it is off by 0.3 to 0.8
+        (["--method=cloq", "--bits=8", "--samples=4"], 0.2),
+        # codes stay, and as many steps are taken; by one rank's samples alone it is off by 0.05 to 0.22
+        (
+            ["--method=apiq-bw", "--init=loftq", "--bits=2", "--samples=4", "--code-lr=0", "--factor-lr=0.02", *EPOCHS],
+            5e-3,
+        ),
     ],
     ids=["qera", "cloq", "trained"],
 )
-def test_ranks_share_the_samples(speaking: Path, text: Path, tmp_path: Path, more: list[str], tolerance: float) -> None:
-    """Two make what two make, byte for byte; and what one makes but for rounding, or larger steps where it trains."""
-    words = ["-m", "loftq_cli", "quantize", "--json", "--device=cpu", "--bits=2", "--rank=4", "--group-size=32", *more]
-    words += [f"--calibration={text}", "--samples=13", "--seqlen=32", "--iters=2", "--format=dense", str(speaking)]
+def test_ranks_share_the_samples(text: Path, tmp_path: Path, more: list[str], tolerance: float) -> None:
+    """Two make what two make, byte for byte, killed on the way or not; and but for rounding what one makes."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA))
+    model.get_input_embeddings().weight.data.normal_()  # in all directions alike: weak ones make much of rounding
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            parameter.data.mul_(4)
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    save_tokenizer(tmp_path / "model")
+    words = ["quantize", "--json", "--device=cpu", "--rank=4", "--group-size=32", "--format=dense", "--seqlen=32"]
+    words += [*more, f"--calibration={text}", str(tmp_path / "model")]
+    again = tmp_path / "again"
+    if "--method=apiq-bw" in more:
+        (tmp_path / "dying.py").write_text(DYING)
+        assert run([str(tmp_path / "dying.py"), *words, str(again)], 2).returncode != 0
+        lines = (again / ".loftq" / "journal.jsonl").read_text().splitlines()
+        assert sum(len(json.loads(line).get("rows", [])) for line in lines) > 0
     reports = []
     for name, ranks in (("one", 0), ("two", 2), ("again", 2)):
-        ran = run([*words, str(tmp_path / name)], ranks)
+        resume = ["--resume"] if (tmp_path / name).exists() else []
+        ran = run(["-m", "loftq_cli", *words, *resume, str(tmp_path / name)], ranks)
         assert ran.returncode == 0, ran.stderr
         reports.append(json.loads(ran.stdout))
-        assert verify(tmp_path / name, str(speaking)).violations == ()
+        assert verify(tmp_path / name, str(tmp_path / "model")).violations == ()
     assert reports[1]["files"] == reports[2]["files"]
     assert reports[1]["calibration"] == reports[2]["calibration"]
     for one, two in zip(*(report["calibration"]["blocks"] for report in reports[:2]), strict=True):
         for key in ("output_error", "held_out_output_error"):
             assert two[key] == pytest.approx(one[key], rel=tolerance)
-    refused = run([*words, "--samples=1", str(tmp_path / "refused")], 2)
+
+
+def test_ranks_without_samples_are_refused(speaking: Path, text: Path, tmp_path: Path) -> None:
+    words = ["-m", "loftq_cli", "quantize", "--bits=2", "--rank=4", "--group-size=32", "--device=cpu", "--method=qera"]
+    refused = run([*words, f"--calibration={text}", "--seqlen=32", "--samples=1", str(speaking), str(tmp_path)], 2)
     assert refused.returncode != 0
     assert "2 processes have 1 samples" in refused.stderr
 
@@ -494,7 +541,7 @@ def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(speaking: Path, text: Path
     ids=str,
 )
 def test_a_gpu_reads_back_every_format(speaking: Path, text: Path, tmp_path: Path, more: Any) -> None:
-    config = {**options(text, method="cloq"), "device": "cuda", **more}
+    config = options(text, **{"method": "cloq", "device": "cuda", **more})
     pipeline.quantize(speaking, tmp_path / "out", **config)
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
@@ -508,22 +555,74 @@ def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_pat
     assert reports[0]["config"] == reports[1]["config"]
 
 
-def test_block_errors_are_those_of_the_loaded_model(speaking: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["cloq", "apiq-bw"])
+@pytest.mark.parametrize(
+    ("more", "tolerance"),
+    [
+        ({"format": "dense"}, 1e-3),
+        ({"format": "packed"}, 1e-3),
+        ({"format": "compressed-tensors", "bits": 4}, 1e-3),
+        ({"format": "gptq"}, 1e-2),
+        # which multiplies in bfloat16 on a CPU that can
+        ({"format": "bnb", "bits": 4}, 0.2),
+    ],
+    ids=lambda value: value["format"] if isinstance(value, dict) else "",
+)
+def test_block_errors_are_those_of_the_loaded_model(
+    speaking: Path, text: Path, tmp_path: Path, method: str, more: Any, tolerance: float
+) -> None:
     """What the loop says of the last block is what source and loaded model with its adapter really differ by."""
-    report = pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
-    plan = pipeline.plan_quantize(str(speaking), pipeline.build_config(options(text, method="cloq")))
-    tokens = prepare(plan, 1).tokens
+    config = options(text, **{"method": method, **({"epochs": 1} if method == "apiq-bw" else {}), **more})
+    report = pipeline.quantize(speaking, tmp_path / "out", **config)
+    assert verify(tmp_path / "out", str(speaking)).violations == ()
+    tokens = prepare(pipeline.plan_quantize(str(speaking), pipeline.build_config(config)), 1).tokens
     left: list[Tensor] = []
     source = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
-    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    importlib.import_module("loftq_cli.runtime")  # reads what is packed
+    dtype = {} if more["format"] == "gptq" else {"dtype": torch.float32}
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **dtype)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out", subfolder="loftq_init").eval()
     for model in (source, loaded):
         layers = [module for name, module in model.named_modules() if name.endswith("model.layers.2")]
         layers[0].register_forward_hook(lambda _, __, out: left.append(out if isinstance(out, Tensor) else out[0]))
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # gptqmodel compiles for seconds
             model(tokens)
-    expected = ((left[0] - left[1]).norm() / left[0].norm()).item()
-    assert report["calibration"]["blocks"][-1]["output_error"] == pytest.approx(expected, rel=1e-3)
+    expected = ((left[0] - left[1].float()).norm() / left[0].norm()).item()
+    assert report["calibration"]["blocks"][-1]["output_error"] == pytest.approx(expected, rel=tolerance)
+
+
+def test_training_that_only_harms_leaves_its_start(speaking: Path, text: Path, tmp_path: Path) -> None:
+    rates = {"epochs": 1, "factor_lr": 50, "clip_lr": 50, "code_lr": 50}
+    started, trained = (
+        pipeline.quantize(speaking, tmp_path / config["method"], **options(text, **config))
+        for config in ({"method": "cloq"}, {"method": "apiq-bw", **rates})
+    )
+    assert [row["sha256"] for row in trained["weights"]] == [row["sha256"] for row in started["weights"]]
+
+
+@pytest.mark.parametrize("more", [{"method": "cloq"}, {"method": "apiq-bw", "epochs": 1}], ids=str)
+def test_experts_that_no_token_chose(text: Path, tmp_path: Path, more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They become what the weight-only method makes of them, byte for byte, and no error of outputs is claimed."""
+    torch.manual_seed(0)
+    config = tf.NllbMoeConfig(**BART, num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2, router_bias=True)
+    model = tf.NllbMoeForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.classifier.bias"):
+            parameter.data[2:] = -1e4
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    asked = options(text, samples=2, seqlen=16, **more)
+    report = pipeline.quantize(tmp_path / "model", tmp_path / "out", **asked)
+    assert verify(tmp_path / "out", str(tmp_path / "model")).violations == ()
+    monkeypatch.setattr("loftq_cli.plan.BATCH_ELEMENTS", {"cpu": 0})
+    alone = {name: asked[name] for name in ("bits", "rank", "group_size", "format", "device", "iters")}
+    blind = pipeline.quantize(tmp_path / "model", tmp_path / "blind", quantizer="uniform", **alone)
+    for row, other in zip(report["weights"], blind["weights"], strict=True):
+        unseen = any(f"expert_{i}" in row["name"] for i in (2, 3))
+        assert (row["sha256"] == other["sha256"]) == unseen, row["name"]
+        assert not unseen or row.get("output_error") is None
+        assert not unseen or "training" not in row
+    assert sum("expert_" in row["name"] for row in report["weights"]) == 16
 
 
 TRAINED = {"method": "apiq-bw", "epochs": 2, "finish_epochs": 1}
@@ -570,7 +669,7 @@ def test_resumed_bytes_are_those_of_a_straight_run(
 
 
 def test_too_little_text_is_said(speaking: Path, text: Path, tmp_path: Path) -> None:
-    words = ["quantize", "--bits=2", "--rank=4", "--group-size=32", "--format=dense", "--device=cpu", "--iters=1"]
+    words = ["quantize", "--bits=2", "--rank=4", "--group-size=32", "--format=dense", "--device=cpu"]
     words += ["--method=qera", f"--calibration={text}", "--seqlen=32", "--samples"]
     said = []
     for samples in ("4", "600"):
@@ -603,6 +702,12 @@ def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) 
     for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):
         with pytest.raises(ConfigError, match="makes nothing of it"):
             pipeline.quantize(speaking, tmp_path / "c", bits=2, **{"method": "cloq", **idle})
+    trained = {"method": "apiq-bw", "init": "qlora"}
+    for idle in ({"method": "qera", "iters": 3}, {**trained, "init": "qera", "iters": 3}, {**trained, "iters": 3}):
+        with pytest.raises(ConfigError, match="makes nothing of `--iters`"):
+            pipeline.quantize(speaking, tmp_path / "c", bits=2, **idle)
+    with pytest.raises(ConfigError, match="leave out `--code-lr`"):
+        pipeline.quantize(speaking, tmp_path / "c", bits=2, **trained, code_lr=0)
     with pytest.raises(LoftqError, match="positions"):
         pipeline.quantize(speaking, tmp_path / "d", **options(text, method="qera", seqlen=100_000))
     assert not any((tmp_path / name).exists() for name in "abcd")

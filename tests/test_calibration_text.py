@@ -178,6 +178,11 @@ def test_chat_is_rendered_with_the_template(tmp_path: Path) -> None:
     chatml = byte_tokenizer(bos_token="[", eos_token="</s>", chat_template=CHAT)
     made = token_batches(texts, chatml, 1, len(expected) - 3 + 1, 0)
     assert decoded(chatml, made.tokens) == ["[" + expected], "BOS that marks a turn was taken for the text's own"
+    turns = CHAT.replace("\n{% endfor %}{{ eos_token }}", "{{ eos_token }}\n{% endfor %}")  # as ChatML ends them
+    said = "[user] Why?</s>\n[assistant] Because.</s>\n"
+    ended = byte_tokenizer(**SPECIAL, chat_template=turns)
+    made = token_batches([messages, messages, "plain"], ended, 1, 1 + 2 * (len(said) - 6) + 5, 0)
+    assert decoded(ended, made.tokens) == ["<s>" + said + said + "plain"], "an EOS beside the template's own"
     with pytest.raises(LoftqError, match="no chat template"):
         token_batches(texts, MARKED, 1, 8, 0)
     picky = byte_tokenizer(**SPECIAL, chat_template="{{ raise_exception('roles must alternate') }}")
@@ -294,14 +299,17 @@ def test_without_the_package_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_default_text_is_in_the_package_and_long_enough() -> None:
-    (text,) = read_texts(None)
-    assert isinstance(text, str)
-    assert text == resources.files("loftq_cli.calibration").joinpath("default.txt").read_text(encoding="utf-8")
-    assert text.startswith("It is a truth universally acknowledged")
-    assert "gutenberg" not in text.lower()
-    assert text.isascii()
+    texts = read_texts(None)
+    file = resources.files("loftq_cli.calibration").joinpath("default.txt").read_text(encoding="utf-8")
+    header, *works = file.split("\f")
+    assert "public domain" in header
+    assert texts == works
+    assert header.count("\n- ") == len(works) == 4
+    assert works[0].startswith("It is a truth universally acknowledged")
+    assert "gutenberg" not in file.lower()
+    assert file.isascii()
     assert '"loftq_cli.calibration" = ["default.txt"]' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    for samples, seqlen in ((128, 512), (40, 2048)):
-        made = token_batches([text], Counting(), samples, seqlen, 0)  # type: ignore[list-item, arg-type]
+    for samples, seqlen in ((128, 512), (128, 2048)):
+        made = token_batches(texts, Counting(), samples, seqlen, 0)  # type: ignore[arg-type]
         assert len(made.tokens) == samples
         assert made.note is None

@@ -62,7 +62,7 @@ def read_texts(source: str | None) -> list[Entry]:
         LoftqError: there is no such text, or it is not what it should be; the message names the line or row.
     """
     if source is None:
-        return [resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8")]
+        return [*resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8").split("\f")[1:]]
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path.expanduser raises on an unknown `~user`
     try:
         if path.is_dir():
@@ -255,21 +255,23 @@ def _paragraph_end(text: str, begin: int, limit: int) -> int:
 
 
 def _tokenize(texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The tokens of each stretch, int64 [n], with an EOS after every text but the last."""
+    """The tokens of each stretch, int64 [n], with an EOS after every text but the last, and those that end with one."""
     pieces = [piece for stretch in stretches for piece in stretch]
     strings = [
         text[piece.begin : piece.end] if isinstance(text := texts[piece.entry], str) else _render(text, tokenizer)
         for piece in pieces
     ]
     # not verbose: a stretch may be longer than the model's context, of which the tokenizer would warn
-    ids = iter(tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    made = iter(zip(strings, tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
     tokens = []
     for stretch in stretches:
         joined: list[int] = []
         for piece in stretch:
+            string, more = next(made)
             ends = piece.end == _length(texts[piece.entry]) and piece.entry < len(texts) - 1
-            joined += next(ids) + (eos if ends else [])
+            ends &= not (eos and string.rstrip().endswith(str(tokenizer.eos_token)))  # a newline follows ChatML's
+            joined += more + (eos if ends else [])
         tokens.append(torch.tensor(joined, dtype=torch.int64))
     return tokens
 
@@ -281,12 +283,10 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
             "give plain text (`text` in place of `messages`), or a tokenizer with a chat template",
         )
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is a program of the model's author: it raises what it likes
         shown = f"{messages!r:.80}"
         raise LoftqError(f"the chat template refuses the conversation `{shown}…`: {error}", "leave it out") from error
-    # or the EOS between texts would come twice; a BOS stays, for some templates begin every turn with it
-    return text.removesuffix(str(tokenizer.eos_token or ""))
 
 
 def _windows(tokens: dict[int, Tensor], body: int) -> Tensor:
