@@ -3,7 +3,7 @@
     python scripts/make_checkpoint.py llama-2-7b FOLDER --layers 4
     python scripts/bench.py calibrate FOLDER
 
-Whole `loftq quantize` processes with `cloq` and, for one epoch and for three, `apiq-bw`. Start-up, and what the first
+Whole `loftq quantize` processes with `cloq`, without and with a finish, and, for one epoch and for three, `apiq-bw`. Start-up, and what the first
 use of a kernel takes, are in the time of a block.
 """
 
@@ -67,6 +67,7 @@ def calibrate(
         return float(rows[-1]["whole model, min"])
 
     run("cloq", "--method", "cloq")
+    run("cloq, finish of 1 epoch", "--method", "cloq", "--finish-epochs", "1")
     few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n), *rate) for n in EPOCHS)
     minutes = few + (more - few) / (EPOCHS[1] - EPOCHS[0]) * (OF_A_RUN - EPOCHS[0])
     unknown = dict.fromkeys(("wall, s", "s per block", "device, GiB", "host, GiB"))

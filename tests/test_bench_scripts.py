@@ -302,7 +302,7 @@ def test_calibrate_extrapolates_from_a_few_layers(tmp_path: Path, monkeypatch: p
     make_checkpoint.make("llama-2-7b", tmp_path / "model", layers=2, scale_down=32, device="cpu")
     bench.bench_calibrate.calibrate(tmp_path / "model", samples=4, seqlen=64, rank=4)
     (file,) = tmp_path.glob("calibrate*.json")
-    cloq, few, more, whole = json.loads(file.read_text())["rows"]
+    cloq, _, few, more, whole = json.loads(file.read_text())["rows"]
     assert cloq["whole model, min"] * 60 == pytest.approx(cloq["wall, s"] + 30 * cloq["s per block"])
     epoch = (more["whole model, min"] - few["whole model, min"]) / 2
     assert whole["whole model, min"] == pytest.approx(few["whole model, min"] + 19 * epoch)

@@ -20,7 +20,7 @@ except ImportError:
 VALUES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RUN = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that begin and end with a word
 ROWS, COLUMNS = 8, 512  # of the tile of one program that unpacks
-PRODUCT_ROWS, PRODUCT_COLUMNS, WARPS = 4, 4096, 4  # of one that multiplies, at a time
+PRODUCT_ROWS, PRODUCT_COLUMNS, WARPS = 8, 2048, 4  # of one that multiplies, at a time
 MOST_INPUTS = 8  # of a product
 
 
