@@ -36,6 +36,8 @@ def compute_batch(
 ) -> None:
     """Compute a batch; its weights one by one and alone where the GPU's memory is too small, or on the CPU."""
     weights, seconds = loading.wait()
+    if batch.first.transposed:
+        weights = weights.mT.contiguous()
     if weights.device.type == device.type:
         try:
             with lanes.room.share(batch.parameters):

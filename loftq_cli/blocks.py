@@ -25,6 +25,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.finishing import Factors, finish, finished, keep
 from loftq_cli.fitting import STEP_TOKENS, Block, Share, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
+from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.meta_model import build_to_run
@@ -100,7 +101,9 @@ def run_blocks(
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
     folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
-    stream = BlockStream(model, plan.checkpoint, names, plan.block_paths, tokens, parts, device, dtype, folder)
+    stream = BlockStream(
+        model, plan.checkpoint, names, plan.targets.transposed, plan.block_paths, tokens, parts, device, dtype, folder
+    )
     missing = {batch.first.tensor for batch in batches}
     put = outputs.put if ranks.rank == 0 else _leave_it
     rewrite = outputs.rewrite if ranks.rank == 0 else _leave_it
@@ -248,5 +251,5 @@ def _loaded(plan: Plan, job: WeightJob, stored: Stored, device: torch.device) ->
     base = {name: tensor.to(device) for name, tensor in stored[0].items()}
     lora_A, lora_B = (factor.to(device) for factor in stored[1])
     lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, plan.scaling)
-    values = plan.format.read(job.stored_prefix, base, plan.empty(job))
+    values = from_store(plan.format, job.stored_prefix, base, plan.empty(job), job.transposed)
     return values, torch.addmm(values, lora_B, lora_A)

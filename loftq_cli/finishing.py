@@ -30,6 +30,7 @@ from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.fitting import Share
 from loftq_cli.formats import peft_adapter
+from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightJob
 from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.methods.apiq import relative_error
@@ -143,7 +144,8 @@ class _LiveWeight(nn.Module):
     def _read(self) -> Tensor:
         there = {name: read_tensor(path, info).to(self._stream.device) for name, (path, info) in self._infos.items()}
         with torch.no_grad():
-            return self._plan.format.read(self._job.stored_prefix, there, self._plan.empty(self._job))
+            job, like = self._job, self._plan.empty(self._job)
+            return from_store(self._plan.format, job.stored_prefix, there, like, job.transposed)
 
 
 @contextmanager

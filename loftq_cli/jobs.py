@@ -25,7 +25,8 @@ class WeightJob:
     """One weight to quantize.
 
     `dtype` is what the loader will have the weight in: `stored_dtype`, the file's, or the narrower one that config.json
-    names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`.
+    names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`. `transposed`: the file has it
+    as [n, m].
     """
 
     tensor: str
@@ -38,6 +39,7 @@ class WeightJob:
     group_size: int
     quantizer: str
     block: str | None
+    transposed: bool = False
 
     @property
     def stored_prefix(self) -> str:
@@ -81,7 +83,7 @@ def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], boo
     batches: list[WeightBatch] = []
     filling: dict[object, list[WeightJob]] = {}
     for job in jobs:
-        alike = (job.shape, job.stored_dtype, job.dtype, job.bits, job.group_size, job.quantizer)
+        alike = (job.shape, job.transposed, job.stored_dtype, job.dtype, job.bits, job.group_size, job.quantizer)
         together = filling.setdefault(alike, [])
         together.append(job)
         if (len(together) + 1) * math.prod(job.shape) > elements or not may_stack(job):
@@ -117,16 +119,16 @@ def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
 
 
 def make_jobs(
-    checkpoint: Checkpoint, linears: dict[str, str], every_linear: Iterable[str], config: QuantizeConfig
+    checkpoint: Checkpoint, linears: dict[str, str], targets: Targets, config: QuantizeConfig
 ) -> tuple[WeightJob, ...]:
     """One job for each linear weight (tensor → module), with the bits that the rules give it.
 
-    `every_linear` are the modules before skips: skipping some must not move the slices of blocks.
+    `targets` are those before skips: skipping some must not move the slices of blocks.
 
     Raises:
         LoftqError: a rule of `bits_for` matches nothing.
     """
-    every_linear = list(every_linear)
+    every_linear = list(targets.linears.values())
     selected = {glob: _select(glob, every_linear).intersection(linears.values()) for glob in config.bits_for}
     for glob, modules in selected.items():
         if not modules:
@@ -134,7 +136,7 @@ def make_jobs(
     jobs = []
     for tensor, module in linears.items():
         info = checkpoint.tensors[tensor]
-        m, n = info.shape
+        m, n = reversed(info.shape) if tensor in targets.transposed else info.shape
         matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
         block = BLOCK.match(module)
         assert config.quantizer is not None
@@ -150,6 +152,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer,
                 block=block[0] if block else None,
+                transposed=tensor in targets.transposed,
             )
         )
     return tuple(jobs)

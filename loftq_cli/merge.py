@@ -54,7 +54,10 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
             row["tensor"]: row for row in report["weights"] if any(t in header.tensors for t in _stored(report, row))
         }
         replaced = {stored for row in rows.values() for stored in _stored(report, row)}
-        layout = [TensorSpec(row["tensor"], getattr(torch, row["dtype"]), tuple(row["shape"])) for row in rows.values()]
+        layout = [
+            TensorSpec(row["tensor"], getattr(torch, row["dtype"]), tuple(row["shape"][:: _order(row)]))
+            for row in rows.values()
+        ]
         copies = [info for info in header.tensors.values() if info.name not in replaced]
         layout += [TensorSpec(info.name, info.dtype, info.shape) for info in copies]
         writer = ShardWriter(dest / f"{name}.tmp", dest / name, layout, header.metadata)
@@ -80,7 +83,7 @@ def _stored(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, adapter: Header) -> Tensor:
-    """The weight of `row` [m, n], added up in float32.
+    """The weight of `row` as the source has it, [m, n] or transposed, added up in float32.
 
     Raises:
         LoftqError: what it is made of has been changed.
@@ -94,7 +97,12 @@ def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Heade
     stored_A, stored_B = (stored_tensor(out, adapter.tensors, name) for name in (name_A, name_B))
     lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
     dtype: torch.dtype = getattr(torch, row["dtype"])
-    return base.addmm_(lora_B, lora_A).to(dtype)
+    merged = torch.addmm(base, lora_B, lora_A).to(dtype)
+    return merged.T.contiguous() if row.get("transposed", False) else merged
+
+
+def _order(row: dict[str, Any]) -> int:
+    return -1 if row.get("transposed", False) else 1
 
 
 def _write_surroundings(out: Path, dest: Path, report: dict[str, Any], weight_map: dict[str, str]) -> None:

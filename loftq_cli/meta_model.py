@@ -51,9 +51,19 @@ def build(checkpoint: Checkpoint, trust_remote_code: bool, light: bool) -> Any:
 
 
 def build_to_run(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """Build it with its parameters alone on the meta device: buffers, such as rotary frequencies, hold their values."""
+    """Build it with its parameters alone on the meta device: buffers, such as rotary frequencies, hold their values.
+
+    Linear layers of the kind `Conv1D` become such as all others, with weights [out_features, in_features].
+    """
+    from transformers.pytorch_utils import Conv1D
+
     with _quiet(), _parameters_on_meta():
-        return _build(checkpoint, trust_remote_code).eval()
+        model = _build(checkpoint, trust_remote_code).eval()
+        for name, module in list(model.named_modules()):
+            if type(module) is Conv1D:
+                n, m = module.weight.shape
+                model.set_submodule(name, torch.nn.Linear(n, m, module.bias is not None, device="meta"))
+        return model
 
 
 def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, RemoteCode
+from loftq_cli.formats.base import Format, RemoteCode, to_store
 from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
@@ -167,9 +167,9 @@ class Plan:
 
     def stored(self, job: WeightJob) -> list[TensorSpec]:
         """The tensors that `job` becomes in its shard."""
-        alike = (job.shape, job.dtype, job.bits, job.group_size, job.quantizer)
+        alike = (job.shape, job.transposed, job.dtype, job.bits, job.group_size, job.quantizer)
         if alike not in self._stored:  # a model has few kinds of weights, and thousands of weights
-            self._stored[alike] = self.format.tensors("", self.empty(job))
+            self._stored[alike] = to_store(self.format, "", self.empty(job), job.transposed)
         tensors = self._stored[alike].items()
         return [TensorSpec(job.stored_prefix + suffix, t.dtype, tuple(t.shape)) for suffix, t in tensors]
 
@@ -191,7 +191,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
-    jobs = make_jobs(checkpoint, linears, targets.linears.values(), decided)
+    jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
     notes = [targets.note] if targets.note else []
 

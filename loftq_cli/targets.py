@@ -37,6 +37,7 @@ class Targets:
 
     Attributes:
         linears: tensor name → module name, for every weight that may be quantized.
+        transposed: names of all weights that are stored [in_features, out_features], those of `Conv1D`.
         skipped: tensor name → reason, for every other tensor.
         skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
         module_names: all module names of the model (empty when the fallback rule was used).
@@ -58,6 +59,7 @@ class Targets:
     main_input_name: str
     has_fused_experts: bool = False
     linear_subclass: str | None = None
+    transposed: frozenset[str] = frozenset()
     note: str | None = None
 
 
@@ -126,7 +128,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":
             skipped[info.name] = "bias" if info.name.endswith("bias") else "not a linear weight"
-        elif not _is_linear(module):
+        elif not _is_linear(module) and not _is_conv1d(module):
             skipped[info.name] = _kind(module)
         elif module is head:
             skipped[info.name] = "output head"
@@ -165,7 +167,11 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
         ),
         linear_subclass=next(
-            (kind for name in linears.values() if (kind := type(modules[name]).__name__) != "Linear"), None
+            (kind for name in linears.values() if (kind := type(modules[name]).__name__) not in ("Linear", "Conv1D")),
+            None,
+        ),
+        transposed=frozenset(
+            tensor for tensor, name in module_of.items() if _is_conv1d(modules[name]) and tensor.endswith(".weight")
         ),
     )
 
@@ -205,9 +211,14 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.Linear or type(module).__name__ in PLAIN_SUBCLASSES
 
 
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
 def _is_replaceable(module: torch.nn.Module) -> bool:
     """Whether loaders put a quantized layer in this module's place unless they are told not to."""
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, torch.nn.Linear) or _is_conv1d(module)
 
 
 def _tied_names(model: Any) -> set[str]:
@@ -222,8 +233,6 @@ def _kind(module: torch.nn.Module) -> str:
         return "embedding"
     if "Norm" in name:
         return "norm"
-    if name == "Conv1D":
-        return "Conv1D (stored transposed)"
     if "Conv" in name:
         return "convolution"
     return "router" if "Router" in name else f"not a linear layer ({name})"

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, re
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format
+from loftq_cli.formats.base import Format, from_store
 from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
@@ -214,9 +214,11 @@ def _recompute(
 
 def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
     info = checkpoint.tensors.get(row["tensor"])
-    if info is None or list(info.shape) != row["shape"]:
+    transposed = row.get("transposed", False)
+    if info is None or list(info.shape) != (row["shape"][::-1] if transposed else row["shape"]):
         raise LoftqError(f"`{row['tensor']}` {row['shape']} is not in the source")
-    return read_tensor(checkpoint.path(info.file), info).float()
+    stored = read_tensor(checkpoint.path(info.file), info).float()
+    return stored.T.contiguous() if transposed else stored
 
 
 def stored_weight(
@@ -230,7 +232,7 @@ def stored_weight(
     like = stored_like(output, row, config)
     prefix = row["tensor"].removesuffix(".weight")
     tensors = {name: stored_tensor(out, stored, name) for name in output.tensors(prefix, like)}
-    return output.read(prefix, tensors, like)
+    return from_store(output, prefix, tensors, like, row.get("transposed", False))
 
 
 def stored_like(output: Format, row: dict[str, Any], config: dict[str, Any]) -> QuantizedWeight:

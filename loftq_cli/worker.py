@@ -13,6 +13,7 @@ from torch import Tensor
 from loftq_cli.calibration.observe import LayerErrors, row_fields
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
+from loftq_cli.formats.base import to_store
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm
 from loftq_cli.methods.trained import Fit
@@ -29,6 +30,7 @@ class WeightRow:
     name: str
     tensor: str
     dtype: str  # of the weight once loaded, see `WeightJob`
+    transposed: bool | None  # in the source's file
     shape: tuple[int, int]
     bits: int
     group_size: int
@@ -117,6 +119,7 @@ class BatchResult:
                 name=job.module,
                 tensor=job.tensor,
                 dtype=str(job.dtype).removeprefix("torch."),
+                transposed=job.transposed or None,
                 shape=job.shape,
                 bits=job.bits,
                 group_size=job.group_size,
@@ -197,7 +200,7 @@ def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, 
         iterations = torch.where(repaired, made.iterations, 0).double()
         measured = torch.stack([iterations, norm, before, torch.where(repaired, after, before)], 1)
         base = [
-            plan.format.tensors(job.stored_prefix, quantized)
+            to_store(plan.format, job.stored_prefix, quantized, job.transposed)
             for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
         ]
     result = BatchResult(plan, batch, weights, weights.device, base, chosen, measured, watch)

@@ -3,8 +3,8 @@
     python scripts/make_checkpoint.py llama-2-7b FOLDER --layers 4
     python scripts/bench.py calibrate FOLDER
 
-Whole `loftq quantize` processes with `cloq`, without and with a finish, and, for one epoch and for three, `apiq-bw`. Start-up, and what the first
-use of a kernel takes, are in the time of a block.
+Whole `loftq quantize` processes with `cloq`, without and with a finish, and, for one epoch and for three, `apiq-bw`.
+Start-up, and what the first use of a kernel takes, are in the time of a block.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.meta_model import build_to_run
 from loftq_cli.methods.trained import Training, alone, train
 from loftq_cli.stopwatch import Stopwatch
-from loftq_cli.targets import state_keys
+from loftq_cli.targets import find_targets, state_keys
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
 from tests.test_eval import save_tokenizer
@@ -84,7 +84,8 @@ def streamed(folder: Path, paths: list[str], tokens: Tensor) -> dict[str, list[T
     model = build_to_run(checkpoint, trust_remote_code=False)
     names, _ = state_keys(checkpoint, model)
     parts = micro_batches(4, len(tokens), 3)
-    stream = BlockStream(model, checkpoint, names, paths, tokens, parts, torch.device("cpu"), torch.float32)
+    turned = find_targets(checkpoint)().transposed
+    stream = BlockStream(model, checkpoint, names, turned, paths, tokens, parts, torch.device("cpu"), torch.float32)
     ends: dict[str, Any] = {}
     left: dict[str, list[Tensor]] = {}
     with torch.no_grad():
@@ -273,7 +274,7 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
     names, _ = state_keys(checkpoint, skeleton)
     parts = micro_batches(4, 6, 3)
     stream = BlockStream(
-        skeleton, checkpoint, names, ["model.layers"], tokens, parts, torch.device("cpu"), torch.float32
+        skeleton, checkpoint, names, (), ["model.layers"], tokens, parts, torch.device("cpu"), torch.float32
     )
     (stack,) = stream.stacks
     enters = stream.begin(stack, {})

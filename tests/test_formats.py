@@ -124,6 +124,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             quantizer=quantizer,
             dtype=dtype,
             block=".".join(name.split(".")[:3]),
+            transposed=False,
         )
         for name, layer in linears.items()
         if name not in skipped
@@ -467,6 +468,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "quantizer": "uniform",
         "dtype": torch.bfloat16,
         "block": "model.layers.0",
+        "transposed": False,
     }
     named = [SimpleNamespace(**{**plain, **job}) for job in jobs]
     for job in named:
@@ -506,6 +508,8 @@ SECOND = "model.layers.1.q"
         ("gptq", plan_of([{}], main_input_name="pixel_values"), "text models"),
         ("gptq", plan_of([{}], has_fused_experts=True), "experts"),
         ("gptq", plan_of([{}], linear_subclass="FalconLinear"), "FalconLinear"),
+        ("gptq", plan_of([{"transposed": True}]), "`model.layers.0.q.weight` is transposed"),
+        ("compressed-tensors", plan_of([{**SYMMETRIC, "transposed": True}]), "`Conv1D`"),
         ("bnb", plan_of([NF], linear_subclass="FalconLinear"), "FalconLinear"),
         ("gptq", plan_of([{"block": None}]), "`model.layers.0.q.weight` is in none"),
         ("gptq", plan_of([{}, {"block": "model.vision.3"}]), "`model.layers` and `model.vision`"),

@@ -87,6 +87,7 @@ class BlockStream:
         model: from `build_to_run`; its parameters are filled in here, but for those of the blocks.
         checkpoint: where they are.
         names: tensor name → key in the model's state dict, from `state_keys`.
+        transposed: names of tensors that the model has transposed.
         paths: of the stacks.
         tokens: int64 [samples, seqlen].
         parts: the samples of each micro-batch.
@@ -96,13 +97,14 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, names: dict[str, str], paths: Sequence[str], tokens: Tensor,
+        self, model: Any, checkpoint: Checkpoint, names: dict[str, str], transposed: Container[str],
+        paths: Sequence[str], tokens: Tensor,
         parts: Sequence[slice], device: torch.device, dtype: torch.dtype, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.tokens, self.parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
-        self._ties = ties_of(model)
+        self._ties, self._transposed = ties_of(model), transposed
         for module in model.modules():  # a T5's decoder has a configuration of its own
             if getattr(getattr(module, "config", None), "use_cache", None):
                 module.config.use_cache = False
@@ -273,7 +275,8 @@ class BlockStream:
 
     def _read(self, key: str) -> Tensor:
         info = self._find(key)
-        return read_tensor(self._checkpoint.path(info.file), info)
+        stored = read_tensor(self._checkpoint.path(info.file), info)
+        return stored.T.contiguous() if info.name in self._transposed else stored
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

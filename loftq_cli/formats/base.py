@@ -27,7 +27,8 @@ class RemoteCode:
 class Format(Protocol):
     """A format is a module with these names; one row in `FORMATS` adds it.
 
-    It may also have `load_imports` (modules that must be imported to load it), `scale_dtype` (what the scales of `nf`
+    It may also have `load_imports` (modules that must be imported to load it), `keeps_layers` (true where the loaded
+    model has the source's own layers, not others in their place), `scale_dtype` (what the scales of `nf`
     are rounded to: float32 without it) and `remote_code(plan)`, which makes a `RemoteCode`, or None.
     """
 
@@ -58,6 +59,24 @@ class Format(Protocol):
     def quantization_config(self, plan: Plan) -> dict[str, Any] | None:
         """The value of `quantization_config` in config.json, or None."""
         ...
+
+
+def to_store(output: Format, module: str, quantized: QuantizedWeight, transposed: bool) -> dict[str, Tensor]:
+    """`output.tensors`; of a weight that the source has transposed, transposed where the layer stays the source's."""
+    made = output.tensors(module, quantized)
+    return {name: tensor.mT.contiguous() for name, tensor in made.items()} if _turned(output, transposed) else made
+
+
+def from_store(
+    output: Format, module: str, tensors: dict[str, Tensor], like: QuantizedWeight, transposed: bool
+) -> Tensor:
+    """`output.read` of what `to_store` made."""
+    turned = {name: tensor.mT for name, tensor in tensors.items()} if _turned(output, transposed) else tensors
+    return output.read(module, turned, like)
+
+
+def _turned(output: Format, transposed: bool) -> bool:
+    return transposed and getattr(output, "keeps_layers", False)
 
 
 def load_imports(output: Format) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ def why_not(plan: Plan) -> str | None:
         return f"its loader finds no weights for the experts of `{model}` unless they are quantized too"
     first = plan.jobs[0]
     for job in plan.jobs:
+        if job.transposed:
+            return f"its loader passes over `Conv1D`, which `{job.module}` is"
         if job.quantizer != "uniform-symmetric":
             return f"it stores `uniform-symmetric` codes, not `{job.quantizer}` (`{job.tensor}`)"
         for what in ("bits", "group_size"):

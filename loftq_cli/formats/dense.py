@@ -17,6 +17,7 @@ name = "dense"
 requirements: tuple[str, ...] = ()
 quantizers: tuple[str, ...] = ("uniform", "uniform-symmetric", "nf", "nf-search", "lloyd")
 load_notes: tuple[str, ...] = ()
+keeps_layers = True
 
 
 def why_not(plan: Plan) -> str | None:

@@ -62,6 +62,8 @@ def _why_not_model(plan: Plan) -> str | None:
     if plan.block_paths[0] not in BLOCK_PATHS:
         return f"its loader does not know blocks at `{plan.block_paths[0]}`"
     kept = tuple(job.module for job in plan.jobs)
+    if (turned := next((job.tensor for job in plan.jobs if job.transposed), None)) is not None:
+        return f"its loader takes weights [out_features, in_features], and `{turned}` is transposed in this model"
     for skip in _skipped_inside(plan):
         if skip.endswith(kept):
             return f"its loader cannot leave out `{skip}`: its name ends in that of a quantized layer"

@@ -70,7 +70,7 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(job.transposed for job in plan.jobs) and getattr(plan.format, "keeps_layers", False),
         "inference_mode": True,
         # the factors are in the file: any other value makes PEFT compute some, or quantize the base, while loading
         "init_lora_weights": True,

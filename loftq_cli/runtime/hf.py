@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -58,12 +59,11 @@ class PackedQuantizer(HfQuantizer):
             named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in schemes), None)
             if named is None:
                 continue
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear | Conv1D):
                 raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
+            n, m = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
             with torch.device("meta"):
-                packed = PackedLinear(
-                    layer.in_features, layer.out_features, layer.bias is not None, schemes[named], layer.weight.dtype
-                )
+                packed = PackedLinear(n, m, layer.bias is not None, schemes[named], layer.weight.dtype)
             model.set_submodule(name, packed)
             absent.pop(named, None)
         if absent:
