@@ -84,7 +84,7 @@ def run_blocks(
         device: what computes.
         ranks: each has a share of the samples, and all compute the same from what they have seen together; rank 0
             writes.
-        tell: called with what is done, after every block.
+        tell: called with what is about to be done: the name of a block, an epoch of the finish.
 
     Raises:
         LoftqError: the model cannot be run block by block.
@@ -116,12 +116,12 @@ def run_blocks(
         for stack in stream.stacks:
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):
+                tell(f"{stack.path}.{number}")
                 with stream.loaded(stack, number) as module, torch.no_grad():
                     watch = Stopwatch(torch.device("cpu"))  # each of its stages ends by waiting for the device
                     block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share, watch)
                     rows.append(visit(block))
                 outputs.spent(watch.seconds())
-                tell(block.name)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 

@@ -17,6 +17,7 @@ from loftq_cli.report import (
     load_lines,
     pooled_errors,
     skip_counts,
+    trained,
 )
 
 MEANING = {
@@ -48,6 +49,7 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in told.items())
     calibrated = config["method"] in CALIBRATED
     aim = "says what the original model says, as nearly" if calibrated else "is as near to the original weights"
+    training = f"{sentence[0].upper()}{sentence[1:]}.\n\n" if (sentence := trained(report)) else ""
     load = "\n".join(load_lines(report, "PATH_OR_HUB_ID_OF_THIS_FOLDER"))
     notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
     fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
@@ -83,7 +85,7 @@ as the method makes it.
 {rows}
 | **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | {every}
 
-Settings: {settings}.
+{training}Settings: {settings}.
 
 ## Kept as it was
 
@@ -93,7 +95,7 @@ Settings: {settings}.
 
 It holds the difference between the original weights and *this* base: on the original model it would subtract quality.
 The header of `adapter_model.safetensors` names the base by its hash, `{fingerprint}`;
-`loftq verify` checks it and recomputes every error from the files.
+`loftq verify` checks it and recomputes the error of every weight from the files.
 """
 
 
@@ -107,7 +109,8 @@ def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
     if config["method"] not in CALIBRATED:
         return {}
     text = report["calibration"]
-    trained = ("init", "epochs", "factor_lr", "clip_lr", "code_lr") if config["method"].startswith("apiq") else ()
-    finished = ("finish_epochs", "finish_lr") if config["finish_epochs"] else ()
-    size = f"{text['samples']} windows of {text['seqlen']} tokens"
-    return {"calibrated on": size} | {key: config[key] for key in (*trained, *finished)}
+    of_training = ("init", "epochs", "factor_lr", "clip_lr", "code_lr") if config["method"].startswith("apiq") else ()
+    of_finish = ("finish_epochs", "finish_lr") if config["finish_epochs"] else ()
+    name = "the default text" if config["calibration"] is None else f"`{Path(config['calibration']).name}`"
+    size = f"{text['samples']} × {text['seqlen']} tokens of {name}"
+    return {"calibrated on": size} | {key: config[key] for key in (*of_training, *of_finish)}

@@ -125,17 +125,22 @@ def quantize(
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
         from loftq_cli import pipeline, show
         from loftq_cli.ranks import joined
+        from loftq_cli.windows import prepare, told
 
         plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:
+            if plan.is_calibrated:
+                output.note(told(prepare(plan, 1), plan.config.calibration))
             show.plan(output, plan, out)
             return
         before = (out / "loftq_report.json").exists()
         try:
             with joined() as ranks, output.progress("quantizing", plan.weight_bytes // ranks.size) as advance:
-                report = pipeline.run_plan(plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks)
+                report = pipeline.run_plan(
+                    plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks, note=output.note
+                )
         except KeyboardInterrupt:
             kept = (out / ".loftq").exists()
             raise Interrupted(

@@ -94,6 +94,8 @@ class QuantizeConfig(BaseModel):
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
+        if self.finish_epochs == 0 and self._was_given("finish_lr"):
+            raise ValueError("`finish_lr` is that of a finish: give `finish_epochs`, too")
         start = (self.init or "cloq") if self.is_trained else self.method
         if self.method in CALIBRATED and start in ("qera", "qlora") and self._was_given("iters"):
             raise ValueError(f"`{start}` does not alternate: it makes nothing of `iters`")

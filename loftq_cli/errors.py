@@ -50,7 +50,11 @@ def again(*flags: str) -> str:
     """This process's `loftq` command line with `flags` added, to be typed again; in another program, they alone."""
     if Path(sys.argv[0]).name not in ("loftq", "__main__.py"):
         return shlex.join(flags)
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    words: list[str] = []
+    for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
+        # what is given anew replaces what was given, and its value
+        if word.partition("=")[0] not in (*flags, "--resume", "--overwrite") and before not in flags[:-1]:
+            words.append(word)
     several = "TORCHELASTIC_RUN_ID" in os.environ
     command = "torchrun … -m loftq_cli" if several else "loftq"  # it does not tell how it was started
     return f"{command} {shlex.join([*words, *flags])}"

@@ -44,9 +44,9 @@ class Identity:
             "loftq version": (self.version, other.version),
             "source checkpoint": (self.source, other.source),
         }
-        moves = {"calibration"} if "calibration_tokens" in other.config else set()  # text is known by its tokens
-        for name in sorted({*self.config, *other.config} - moves):
-            pairs["--" + name.replace("_", "-")] = (self.config.get(name), other.config.get(name))
+        for name in sorted({*self.config, *other.config} - {"calibration"}):  # text is known by its tokens
+            shown = "the text of --calibration" if name == "calibration_tokens" else "--" + name.replace("_", "-")
+            pairs[shown] = (self.config.get(name), other.config.get(name))
         return [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
 
 

@@ -55,7 +55,7 @@ from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
 from loftq_cli.resume import check_disk, forget_lost
 from loftq_cli.targets import find_targets
-from loftq_cli.windows import describe, prepare
+from loftq_cli.windows import describe, prepare, told
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
 FINISHED = -1  # told to the other ranks instead of a journal's number
@@ -114,9 +114,11 @@ def run_plan(
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
-    """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share."""
-    calibration = prepare(plan, ranks.size) if plan.is_calibrated else None
+    """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share; `note` is told of the text."""
+    if (calibration := prepare(plan, ranks.size) if plan.is_calibrated else None) is not None:
+        note(told(calibration, plan.config.calibration))
     identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config, calibration))
     device = torch.device(plan.config.device)
     if device.type == "cuda":
@@ -223,10 +225,9 @@ def run_steps(
             try:
                 measured = run_blocks(plan, in_blocks, calibration, outputs, device, ranks, tell)
             except torch.OutOfMemoryError as error:
-                raise LoftqError(
-                    f"a block of this model with its text does not fit: {str(error).splitlines()[0]}",
-                    "begin again with a shorter `--seqlen`, or go on with `--resume` on a larger GPU",
-                ) from error
+                why = f"a block of this model with its text does not fit: {str(error).splitlines()[0]}"
+                hint = "begin again with a shorter `--seqlen`, or go on with `--resume` on a larger GPU"
+                raise LoftqError(why, hint) from error
     outputs.drain()
     outputs.commit()
     ranks.wait()

@@ -20,6 +20,7 @@ import torch
 from loftq_cli import __version__
 from loftq_cli.config import CALIBRATED
 from loftq_cli.formats import FORMATS, load_imports
+from loftq_cli.jobs import BLOCK
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
@@ -166,6 +167,38 @@ def pooled_errors(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> t
         pooled((row[field], 1.0 if "output" in field else row["norm"]) for row in there) if there else None
         for field, there in having.items()
     )
+
+
+def trained(report: Mapping[str, Any]) -> str | None:
+    """What became of training, judged on the windows held out; None where nothing was trained."""
+    fits = {
+        (row["name"] if report["config"]["method"] == "apiq-lw" else (BLOCK.match(row["name"]) or [""])[0]): row[
+            "training"
+        ]
+        for row in report["weights"]
+        if "training" in row
+    }  # of a block, all its rows have the same
+    finish = report.get("calibration", {}).get("finish")
+    if not fits and not finish:
+        return None
+    text = report["calibration"]
+    held_out = f"{text['held_out']} × {text['seqlen']} tokens held out"
+    on = f"on {held_out}" if text["held_out"] else "on the text itself, for want of any held out"
+    parts = []
+    if fits:
+        what = "weights" if report["config"]["method"] == "apiq-lw" else "blocks"
+        helped = sum(_helped(fit) for fit in fits.values())
+        rest = "" if helped == len(fits) else "; the others keep their start"
+        parts.append(f"training helped {helped} of {len(fits)} {what} {on}{rest}")
+    if finish:
+        how = f"{finish['before']:.4g} → {finish['after']:.4g}" if _helped(finish) else "no gain, so its start is kept"
+        parts.append(f"finish {on}: {how}")
+    return "; ".join(parts)
+
+
+def _helped(fit: Mapping[str, Any]) -> bool:
+    before, after = fit["before"], fit["after"]
+    return after is not None and (before is None or after < before)
 
 
 def in_figures(errors: Iterable[float | None]) -> tuple[str, ...]:

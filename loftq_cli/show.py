@@ -31,6 +31,7 @@ from loftq_cli.report import (
     plan_summary,
     pooled_errors,
     skip_counts,
+    trained,
 )
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}; "
         f"{seconds['total']:.1f} s ({stages}), {size(totals['peak_host_bytes'])} of host memory{device}"
     )
+    if training := trained(report):
+        output.result(training)
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
@@ -161,7 +164,7 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")
     if verdict.relative_error is not None:
         output.result(
-            f"✓ {verdict.weights} weights recomputed from the stored tensors: relative error "
+            f"✓ {verdict.weights} weights recomputed from the stored tensors: relative error of weights "
             f"{verdict.relative_error:.6f}, as reported; all other tensors are the source's, byte for byte"
         )
     else:

@@ -39,8 +39,8 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
         )
     except Exception as error:  # of many kinds, as many as there are tokenizers
         raise LoftqError(
-            f"`--method {config.method}` needs the tokenizer of `{checkpoint.model}`, which does not load: "
-            f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}",
+            f"`--method {config.method}` needs the tokenizer of `{checkpoint.model}`, and there is none that loads "
+            f"({type(error).__name__}: {(str(error) or '?').splitlines()[0].rstrip(' :')})",
             "put its files beside the weights, or use `--method loftq`",
         ) from error
     model = build_to_run(checkpoint, config.trust_remote_code)
@@ -94,6 +94,15 @@ def _positions(model: Any, config: dict[str, Any]) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(positions) - int(module.padding_idx) - 1
     return int(positions)
+
+
+def told(calibration: Calibration, source: str | None) -> str:
+    """What it is, in a sentence."""
+    samples, seqlen = calibration.tokens.shape
+    text = "the default text" if source is None else f"`{source}`"
+    return (
+        f"calibrating on {samples} × {seqlen:,} tokens of {text}; {len(calibration.held_out)} × {seqlen:,} more judge"
+    )
 
 
 def describe(calibration: Calibration) -> dict[str, Any]:

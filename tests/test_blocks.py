@@ -427,9 +427,10 @@ def test_a_finish_brings_the_model_closer(speaking: Path, text: Path, tmp_path: 
     tokens = prepare(plan, 1).held_out
     source = tf.AutoModelForCausalLM.from_pretrained(speaking, dtype=torch.float32).eval()
     divergences = []
+    none = {"finish_epochs": 0, "finish_lr": 5e-4}
     for epochs in (0, 6):
         out = tmp_path / str(epochs)
-        report = pipeline.quantize(speaking, out, **{**config, "finish_epochs": epochs})
+        report = pipeline.quantize(speaking, out, **{**config, **({} if epochs else none)})
         assert verify(out, str(speaking)).violations == ()
         loaded = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         model = PeftModel.from_pretrained(loaded, out, subfolder="loftq_init").eval()
@@ -690,7 +691,7 @@ def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -
     copy = copy.rename(tmp_path / "moved.txt")
     pipeline.quantize(speaking, out, **options(copy, method="qera"))  # nothing to do
     copy.write_text(text.read_text()[::-1])
-    with pytest.raises(LoftqError, match="calibration-tokens was"):
+    with pytest.raises(LoftqError, match="the text of --calibration was"):
         pipeline.quantize(speaking, out, **options(copy, method="qera"))
 
 
@@ -702,6 +703,8 @@ def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) 
             pipeline.quantize(speaking, tmp_path / "b", **options(text, method=method, quantizer="nf", group_size=40))
     with pytest.raises(ConfigError, match="makes nothing of it"):
         pipeline.quantize(speaking, tmp_path / "c", **options(text, method="loftq"))
+    with pytest.raises(ConfigError, match="give `--finish-epochs`, too"):
+        pipeline.quantize(speaking, tmp_path / "c", **options(text, method="cloq", finish_lr=1e-3))
     for idle in ({"epochs": 3}, {"augmented": True, "init": None}, {"finish_lr": 1e-3, "method": "qlora"}):
         with pytest.raises(ConfigError, match="makes nothing of it"):
             pipeline.quantize(speaking, tmp_path / "c", bits=2, **{"method": "cloq", **idle})

@@ -31,7 +31,13 @@ def test_without_held_out_samples_a_finish_is_told_and_shown(speaking: Path, tex
     assert report["calibration"]["held_out"] == 0
     assert "output_error" in report["weights"][0]
     assert "held_out_output_error" not in report["weights"][0]
-    assert "–" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "–" in card
+    fit = report["calibration"]["finish"]
+    gained = f"{fit['before']:.4g} → {fit['after']:.4g}" if fit["after"] < fit["before"] else "no gain"
+    for told in (result.output, card):
+        assert f"inish on the text itself, for want of any held out: {gained}" in told
+    assert "calibrating on 1 × 32 tokens of" in result.output
     assert "no text reached" not in result.output
 
 

@@ -119,7 +119,7 @@ def test_short_text_says_what_there_was() -> None:
 
 
 def test_refusals_of_sizes() -> None:
-    with pytest.raises(LoftqError, match="has 50 tokens, and one window of 64 takes 63") as caught:
+    with pytest.raises(LoftqError, match="has 50 tokens; a window of 64 takes 63") as caught:
         token_batches([numbered(1)], MARKED, 1, 64, 0)
     assert "--seqlen" in caught.value.hint
     with pytest.raises(LoftqError, match="has 0 tokens"):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from loftq_cli import __version__
 from loftq_cli.cli import app
 from loftq_cli.config import QuantizeConfig, load_config
+from loftq_cli.errors import again
 
 FAST = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu"]
 
@@ -176,9 +177,9 @@ def test_presets_are_valid_and_plan(file: Path, tiny_llama: Path, tmp_path: Path
 
 def test_a_2_bit_model_made_without_text_says_what_it_is_worth(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ["--bits", "2", "--rank", "4", "--iters", "1", "--method", "loftq", "--device", "cpu"]
+    options = ["--bits", "2", "--rank", "4", "--iters", "1", "--device", "cpu"]
     code = "import sys; sys.argv[0] = 'loftq'; from loftq_cli.cli import main; main()"
-    command = [sys.executable, "-c", code, "quantize", *options, str(tiny_llama), str(out)]
+    command = [sys.executable, "-c", code, "quantize", *options, "--method", "loftq", str(tiny_llama), str(out)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120).stderr
     assert "hardly speaks" in said
     assert f"loftq quantize {' '.join(options)} {tiny_llama} {out} --method cloq --overwrite" in said.replace("\n", "")
@@ -190,3 +191,12 @@ def test_a_2_bit_model_made_without_text_says_what_it_is_worth(tiny_llama: Path,
     done = subprocess.run([*four, str(tiny_llama), str(tmp_path / "four")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "hardly" not in done.stderr
+
+
+def test_what_is_given_anew_replaces_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["loftq", "quantize", "--bits", "2", "--method", "qlora", "--resume", "MODEL", "OUT"]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert again("--method", "cloq", "--overwrite") == "loftq quantize --bits 2 MODEL OUT --method cloq --overwrite"
+    monkeypatch.setattr(sys, "argv", ["loftq", "quantize", "--method=qlora", "MODEL", "OUT"])
+    assert again("--method", "cloq") == "loftq quantize MODEL OUT --method cloq"
+    assert again("--resume") == "loftq quantize --method=qlora MODEL OUT --resume"

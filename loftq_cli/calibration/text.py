@@ -113,7 +113,7 @@ def token_batches(
     total = sum(map(len, tokens.values()))
     if not len(windows):
         raise LoftqError(
-            f"the calibration text has {total} tokens, and one window of {seqlen} takes {body}",
+            f"the calibration text has {total} tokens; a window of {seqlen} takes {body}{' and its BOS' * len(bos)}",
             "give more text, or a smaller `--seqlen`",
         )
     got = f"the calibration text has {total} tokens, {len(windows)} windows of {seqlen}"
