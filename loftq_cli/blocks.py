@@ -72,7 +72,7 @@ def run_blocks(
     outputs: Outputs,
     device: torch.device,
     ranks: Ranks,
-    tell: Callable[[str], None],
+    tell: Callable[[str, int], None],
 ) -> Measured:
     """Quantize the weights of `batches`, block by block; the plan's other weights in blocks are on disk already.
 
@@ -84,7 +84,8 @@ def run_blocks(
         device: what computes.
         ranks: each has a share of the samples, and all compute the same from what they have seen together; rank 0
             writes.
-        tell: called with what is about to be done: the name of a block, an epoch of the finish.
+        tell: called with what is about to be done, the name of a block or an epoch of the finish; and with the bytes
+            of weights that were passed once more since the last call.
 
     Raises:
         LoftqError: the model cannot be run block by block.
@@ -108,20 +109,24 @@ def run_blocks(
     put = outputs.put if ranks.rank == 0 else _leave_it
     rewrite = outputs.rewrite if ranks.rank == 0 else _leave_it
 
-    def through(visit: Callable[[Block], BlockRow]) -> tuple[list[BlockRow], dict[str, Activations]]:
+    def through(
+        visit: Callable[[Block], BlockRow], again: bool = False
+    ) -> tuple[list[BlockRow], dict[str, Activations]]:
         """Visit every block between its two streams; return their rows and the ends of the source's stacks."""
-        rows = []
+        rows, passed = [], 0
         source_ends: dict[str, Activations] = {}
         quantized_ends: dict[str, Activations] = {}
         for stack in stream.stacks:
             source, quantized = stream.begin(stack, source_ends), stream.begin(stack, quantized_ends)
             for number in range(len(stack.blocks)):
-                tell(f"{stack.path}.{number}")
+                tell(f"{stack.path}.{number}", passed)
                 with stream.loaded(stack, number) as module, torch.no_grad():
                     watch = Stopwatch(torch.device("cpu"))  # each of its stages ends by waiting for the device
                     block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share, watch)
                     rows.append(visit(block))
                 outputs.spent(watch.seconds())
+                jobs = _jobs(plan, block).values() if again else ()
+                passed = sum(plan.checkpoint.tensors[job.tensor].nbytes for job in jobs)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 
@@ -145,7 +150,7 @@ def run_blocks(
             keep(outputs.out, *trained)
         del ends_of_source  # as large as a stream
     factors, fit = trained
-    rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs.out, rewrite))
+    rows, _ = through(lambda block: _rewrite(plan, block, factors, outputs.out, rewrite), again=True)
     return Measured(rows, fit)
 
 

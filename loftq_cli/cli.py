@@ -137,7 +137,10 @@ def quantize(
             return
         before = (out / "loftq_report.json").exists()
         try:
-            with joined() as ranks, output.progress("quantizing", plan.weight_bytes // ranks.size) as advance:
+            with (
+                joined() as ranks,
+                output.progress(*show.bar(plan, ranks.size), rate=not plan.is_calibrated) as advance,
+            ):
                 report = pipeline.run_plan(
                     plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks, note=output.note
                 )

@@ -92,11 +92,14 @@ class Out:
             self.stderr.print(f"\n[cyan]hint:[/] {_plain(error.hint)}", highlight=False)
 
     @contextmanager
-    def progress(self, label: str, total_bytes: int) -> Iterator[Callable[[str, int], None]]:
-        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Only on a terminal."""
+    def progress(self, label: str, total_bytes: int, *, rate: bool = True) -> Iterator[Callable[[str, int], None]]:
+        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Only on a terminal.
+
+        Without `rate` it does not say how many: where they are passed several times, or take unequal times.
+        """
         columns = (
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-            DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if rate else ()), TimeRemainingColumn(),
             TextColumn("{task.fields[module]}", style="dim", markup=False),
         )  # fmt: skip
         hidden = self.quiet or not sys.stderr.isatty()

@@ -62,7 +62,7 @@ def finish(
     out: Path,
     ends: dict[str, Activations],
     share: Share,
-    tell: Callable[[str], None],
+    tell: Callable[[str, int], None],
 ) -> tuple[Factors, Fit]:
     """Train the factors that are in `out`.
 
@@ -72,7 +72,7 @@ def finish(
         out: where bases and factors are.
         ends: of the source's stacks, from which follows what the source says.
         share: which samples train.
-        tell: called at the start of each epoch, with its name.
+        tell: called at the start of each epoch, with its name and the bytes of weights that the one before passed.
     """
     weights = {job.module: _LiveWeight(plan, out, job, stream) for job in plan.jobs if job.block}
     config = plan.config
@@ -81,7 +81,8 @@ def finish(
 
     def loss_of(rows: slice) -> Tensor:
         if torch.is_grad_enabled() and (step := next(steps)) % len(batches) == 0:
-            tell(f"finish, epoch {step // len(batches) + 1} of {config.finish_epochs}")
+            passed = plan.weight_bytes // config.finish_epochs if step else 0
+            tell(f"finish, epoch {step // len(batches) + 1} of {config.finish_epochs}", passed)
         with torch.no_grad():
             wanted, are_logits = stream.said(rows, ends)
         return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)

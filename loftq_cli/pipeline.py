@@ -218,9 +218,9 @@ def run_steps(
         measured = None
         if calibration:
 
-            def tell(block: str) -> None:
+            def tell(block: str, passed: int) -> None:
                 report()
-                progress(block, 0)
+                progress(block, passed)
 
             try:
                 measured = run_blocks(plan, in_blocks, calibration, outputs, device, ranks, tell)

@@ -62,6 +62,13 @@ def plan(output: Out, plan: Plan, out: Path | None) -> None:
     )
 
 
+def bar(plan: Plan, processes: int) -> tuple[str, int]:
+    """The label of a run's progress bar, and its end: a finish passes all weights twice more."""
+    if not plan.is_calibrated:
+        return "quantizing", plan.weight_bytes // processes
+    return "calibrating", plan.weight_bytes * (3 if plan.config.finish_epochs else 1)
+
+
 def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None = None) -> None:
     """What was done, measured, and what to type next."""
     output.data({key: value for key, value in report.items() if key != "weights"})
