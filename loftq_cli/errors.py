@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -50,11 +51,14 @@ def again(*flags: str) -> str:
     """This process's `loftq` command line with `flags` added, to be typed again; in another program, they alone."""
     if Path(sys.argv[0]).name not in ("loftq", "__main__.py"):
         return shlex.join(flags)
-    words: list[str] = []
-    for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
-        # what is given anew replaces what was given, and its value
-        if word.partition("=")[0] not in (*flags, "--resume", "--overwrite") and before not in flags[:-1]:
-            words.append(word)
+    # what is given anew replaces what was given, and its value
+    anew = {"--resume", "--overwrite", *(flag for flag in flags if flag.startswith("--"))}
+    with_value = {flag for flag, value in pairwise(flags) if flag.startswith("--") and not value.startswith("--")}
+    words = [
+        word
+        for before, word in pairwise(["", *sys.argv[1:]])
+        if word.partition("=")[0] not in anew and before not in with_value
+    ]
     several = "TORCHELASTIC_RUN_ID" in os.environ
     command = "torchrun … -m loftq_cli" if several else "loftq"  # it does not tell how it was started
     return f"{command} {shlex.join([*words, *flags])}"

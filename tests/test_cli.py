@@ -200,3 +200,5 @@ def test_what_is_given_anew_replaces_what_was_given(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["loftq", "quantize", "--method=qlora", "MODEL", "OUT"])
     assert again("--method", "cloq") == "loftq quantize MODEL OUT --method cloq"
     assert again("--resume") == "loftq quantize --method=qlora MODEL OUT --resume"
+    monkeypatch.setattr(sys, "argv", ["loftq", "quantize", "--init", "cloq", "MODEL", "cloq"])
+    assert again("--method", "cloq") == "loftq quantize --init cloq MODEL cloq --method cloq"

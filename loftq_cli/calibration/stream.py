@@ -70,7 +70,7 @@ class Run:
     def _hand_on(self, extras: tuple[Any, ...]) -> None:
         """Keep what a block hands to the others, as T5's first does its position bias: it must be the same for all."""
         for one, other in zip(self.stand_in.extras or (), extras, strict=False):
-            if isinstance(one, Tensor) and not torch.equal(one, other):
+            if isinstance(one, Tensor) and not (isinstance(other, Tensor) and torch.equal(one, other)):
                 raise LoftqError(f"what `{self.name}` hands to other blocks depends on the text", WAY_OUT)
         self.stand_in.extras = extras
 
