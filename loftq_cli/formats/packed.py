@@ -51,6 +51,7 @@ TRAVELLING = (  # of this package
     "quantizers/packing",
     "kernels/packed",
     "kernels/unpack",
+    "kernels/product",
     "runtime/unpacking",
     "runtime/layer",
     "runtime/hf",

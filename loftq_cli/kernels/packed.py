@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 NESTED_BLOCK = 256  # scales per scale of scales
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):  # made in every forward pass, so that a dataclass would take its time
     """The tensors of `formats.packed`, those that the weight has: `W ≈ codebook[codes] · scale`, or without a codebook
     `(codes − zero_point) · scale`, where a missing zero point is 2**(bits − 1).
 
@@ -40,3 +38,8 @@ class Packed:
             "m": m, "n": n, "words": self.codes.shape[1], "groups": self.scale.shape[1],
             "G": self.group_size, "BITS": self.bits, "BLOCK": NESTED_BLOCK,
         }  # fmt: skip
+
+    @property
+    def kind(self) -> tuple[int, int, bool, bool, bool]:
+        """What kernels are compiled for, beside dtypes and sizes."""
+        return self.bits, self.group_size, self.absmax is None, self.zero_point is None, self.codebook is None

@@ -1,6 +1,6 @@
-"""Packed codes to weights on CUDA: all of them, or straight into a product with few inputs, as in generation.
+"""Packed codes to weights on CUDA.
 
-The torch twin of both is `runtime.unpacking.dequantize`: the same steps and rounding. Shapes: m = out_features, n =
+The torch twin is `runtime.unpacking.dequantize`: the same steps and rounding. Shapes: m = out_features, n =
 in_features, G = groups in a row.
 """
 
@@ -19,9 +19,7 @@ except ImportError:
 
 VALUES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 RUN = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that begin and end with a word
-ROWS, COLUMNS = 8, 512  # of the tile of one program that unpacks
-PRODUCT_ROWS, PRODUCT_COLUMNS, WARPS = 8, 2048, 4  # of one that multiplies, at a time
-MOST_INPUTS = 8  # of a product
+ROWS, COLUMNS = 8, 512  # of the tile of one program
 
 
 def unpack_weight(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -33,19 +31,6 @@ def unpack_weight(packed: Packed, dtype: torch.dtype) -> Tensor:
         unpack_kernel[(blocks * triton.cdiv(m, ROWS),)](
             result, blocks=blocks, **packed.arguments(), VALUES=VALUES[dtype], ROWS=ROWS, RUN=run, RUNS=COLUMNS // run,
             num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return result
-
-
-def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """Return `x @ weight.T + bias` [inputs, m] for `x` [inputs, n], at most `MOST_INPUTS`, computed in float32."""
-    inputs, m, run = x.shape[0], packed.shape[0], RUN[packed.bits]
-    x = x.contiguous()
-    result = torch.empty(inputs, m, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        multiply_kernel[(triton.cdiv(m, PRODUCT_ROWS), inputs)](
-            result, x, bias, **packed.arguments(), VALUES=VALUES[x.dtype],
-            ROWS=PRODUCT_ROWS, RUN=run, RUNS=PRODUCT_COLUMNS // run, num_warps=WARPS,
         )  # fmt: skip
     return result
 
@@ -108,22 +93,6 @@ def level_of(code, zero, codebook, BITS: tl.constexpr):
 
 
 @triton.jit
-def code_in_run(first, second, third, j: tl.constexpr, BITS: tl.constexpr):
-    """Code number `j` of a run of these words."""
-    shift: tl.constexpr = j * BITS % 32
-    if j * BITS // 32 == 0:
-        low, high = first, second
-    elif j * BITS // 32 == 1:
-        low, high = second, third
-    else:
-        low, high = third, third
-    code = low >> shift
-    if shift + BITS > 32:
-        code |= high << (32 - shift)
-    return (code & (2**BITS - 1)).to(tl.int32)
-
-
-@triton.jit
 def weights(
     row,  # int64 [ROWS, 1, 1]
     run,  # int32 [1, RUNS, 1]
@@ -181,50 +150,3 @@ def unpack_kernel(
     )  # fmt: skip
     column = run * RUN + lane
     tl.store(result + row * n + column, value.to(VALUES), mask=(row < m) & (column < n))
-
-
-@triton.jit
-def multiply_kernel(
-    result, x, bias, codes, scale, absmax, offset, levels, zero_point, codebook, m, n, words, groups,
-    G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, VALUES: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """`ROWS` outputs of one input.
-
-    Where groups are made of whole runs, which is the rule, a run is summed before its scale: no weight is made at all.
-    """
-    first, number = tl.program_id(0) * ROWS, tl.program_id(1)
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    total = tl.zeros((ROWS, RUNS), tl.float32)
-    for start in range(0, tl.cdiv(n, RUN), RUNS):
-        run = (start + tl.arange(0, RUNS))[None, :]
-        live = (row < m) & (run * RUN < n)
-        begin = run * (RUN * BITS // 32)
-        word = codes + row * words + begin
-        one = tl.load(word, mask=live, other=0).to(tl.uint32, bitcast=True)
-        two, three = one, one
-        if BITS == 3:
-            two = tl.load(word + 1, mask=live & (begin + 1 < words), other=0).to(tl.uint32, bitcast=True)
-            three = tl.load(word + 2, mask=live & (begin + 2 < words), other=0).to(tl.uint32, bitcast=True)
-        group = row * groups
-        if G % RUN == 0:
-            s, zero = scale_at(group + run * RUN // G, live, scale, absmax, offset, levels, zero_point, BITS, BLOCK)
-        some = tl.zeros((ROWS, RUNS), tl.float32)
-        for j in tl.static_range(RUN):
-            column = run * RUN + j
-            code = code_in_run(one, two, three, j, BITS)
-            value = tl.load(x + number * n + column, mask=column < n, other=0.0).to(tl.float32)
-            if G % RUN == 0:
-                some += level_of(code, zero, codebook, BITS) * value
-            else:
-                inside = (row < m) & (column < n)
-                s, zero = scale_at(group + column // G, inside, scale, absmax, offset, levels, zero_point, BITS, BLOCK)
-                some += level_of(code, zero, codebook, BITS) * s * value
-        if G % RUN == 0:
-            some *= s
-        total += tl.where(live, some, 0.0)
-    output = first + tl.arange(0, ROWS)
-    outputs = tl.sum(total, 1)
-    if bias is not None:
-        outputs += tl.load(bias + output, mask=output < m, other=0.0).to(tl.float32)
-    tl.store(result + number * m + output, outputs.to(VALUES), mask=output < m)

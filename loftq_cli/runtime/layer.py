@@ -84,18 +84,19 @@ class PackedLinear(nn.Linear):
 
     def packed(self) -> Packed:
         """The tensors, by the names of `formats.packed`."""
+        tensors: Any = self._buffers.get  # quicker than attributes of modules: in generation microseconds count
         nested = self.scheme.double_quant
         return Packed(
             shape=(self.out_features, self.in_features),
             bits=self.scheme.bits,
             group_size=self.group_size,
-            codes=self.codes,
-            scale=self.scale,
-            absmax=self.scale_absmax if nested else None,
-            offset=self.scale_offset if nested else None,
-            levels=dynamic_codebook(self.scale.device) if nested else None,
-            zero_point=self.zero_point if self.scheme.grid == "affine" else None,
-            codebook=self.codebook if self.scheme.grid == "codebook" else None,
+            codes=tensors("codes"),
+            scale=tensors("scale"),
+            absmax=tensors("scale_absmax"),
+            offset=tensors("scale_offset"),
+            levels=dynamic_codebook(self.codes.device) if nested else None,
+            zero_point=tensors("zero_point"),
+            codebook=tensors("codebook"),
         )
 
     def forward(self, input: Tensor) -> Tensor:

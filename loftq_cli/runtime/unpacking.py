@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kernels(NamedTuple):
-    """What `kernels.unpack` offers."""
+    """What `kernels.unpack` and `kernels.product` offer."""
 
     unpack_weight: Callable[[Packed, torch.dtype], Tensor]
     multiply: Callable[[Tensor, Packed, Tensor | None], Tensor]
@@ -39,12 +39,11 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` for `x` [..., n]; with few inputs, as in generation, no dense weight is made on a GPU."""
-    m, n = packed.shape
-    inputs = x.numel() // n
+    inputs = x.numel() // packed.shape[1]
     kernels = fused(x.device) if x.dtype in KERNEL_DTYPES else None
     if kernels is None or not 0 < inputs <= kernels.most_inputs:
         return torch.nn.functional.linear(x, dequantize(packed, x.dtype), bias)
-    return kernels.multiply(x.reshape(inputs, n), packed, bias).view(*x.shape[:-1], m)
+    return kernels.multiply(x, packed, bias)
 
 
 def by_torch(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -93,7 +92,8 @@ def fused(device: torch.device) -> Kernels | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        from loftq_cli.kernels.unpack import MOST_INPUTS, multiply, unpack_weight
+        from loftq_cli.kernels.product import MOST_INPUTS, multiply
+        from loftq_cli.kernels.unpack import unpack_weight
 
         codes = torch.zeros(1, 1, dtype=torch.int32, device=device)
         unpack_weight(Packed((1, 8), 2, 8, codes, codes.half()), torch.float32)
