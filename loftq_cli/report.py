@@ -89,6 +89,7 @@ def plan_totals(plan: Plan) -> dict[str, Any]:
         "weights": len(plan.jobs),
         "parameters": plan.parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        "source_bytes": sum(info.nbytes for info in plan.checkpoint.tensors.values()),
         "base_bytes": plan.base_bytes,
         "adapter_bytes": plan.adapter_bytes,
     }
@@ -139,6 +140,7 @@ class Group:
 
     kind: str
     weights: int
+    parameters: int
     shapes: str
     bits: str
     errors: tuple[float | None, ...]  # those of `error_columns`; none in a plan
@@ -216,6 +218,7 @@ def layer_groups(weights: Iterable[Mapping[str, Any]], fields: Iterable[str] = (
         Group(
             kind=kind,
             weights=len(rows),
+            parameters=sum(math.prod(row["shape"]) for row in rows),
             shapes=", ".join(dict.fromkeys(f"{m}×{n}" for m, n in (row["shape"] for row in rows))),
             bits="/".join(str(bits) for bits in sorted({row["bits"] for row in rows})),
             errors=pooled_errors(rows, fields),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.filesize import decimal as size
 
 from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
-from loftq_cli.console import TABLE_WIDTH, Out
+from loftq_cli.console import Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.page import page
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.report import (
     error_columns,
@@ -37,7 +36,9 @@ from loftq_cli.report import (
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
-LAYER_COLUMNS = (("layers", "left"), ("weights", "right"), ("shape", "left"), ("bits", "right"))
+LAYER_COLUMNS = (
+    ("layers", "left"), ("weights", "right"), ("shape", "left"), ("parameters", "right"), ("bits", "right"),
+)  # fmt: skip
 SHOWN = 20  # violations
 SHOWN_BLOCKS = 6  # evenly from the first to the last
 
@@ -47,7 +48,10 @@ def plan(output: Out, plan: Plan, out: Path | None) -> None:
     summary = plan_summary(plan)
     output.data(summary)
     totals, config = summary["totals"], plan.config
-    rows = [(group.kind, str(group.weights), group.shapes, group.bits) for group in layer_groups(summary["weights"])]
+    rows = [
+        (group.kind, str(group.weights), group.shapes, f"{group.parameters:,}", group.bits)
+        for group in layer_groups(summary["weights"])
+    ]
     target = f" → {out}" if out else ""
     device = totals["estimated_peak_device_bytes"]
     output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
@@ -56,8 +60,8 @@ def plan(output: Out, plan: Plan, out: Path | None) -> None:
         f"{totals['weights']} weights, {totals['parameters']:,} parameters: {config.method}, {config.quantizer}, "
         f"{totals['bits_per_weight']:.2f} bits per weight in `{config.format}`, group {config.group_size}, "
         f"rank {config.rank}, on {config.device}\n"
-        f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}, "
-        f"about {size(totals['estimated_peak_host_bytes'])} of host memory"
+        f"source {size(totals['source_bytes'])}, base {size(totals['base_bytes'])}, "
+        f"adapter {size(totals['adapter_bytes'])}, about {size(totals['estimated_peak_host_bytes'])} of host memory"
         + (f" and {size(device)} of device memory" if device else "")
     )
 
@@ -75,11 +79,12 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     totals, config = report["totals"], report["config"]
     fields = error_columns(config)
     rows = [
-        (group.kind, str(group.weights), group.shapes, group.bits, *in_figures(group.errors))
+        (group.kind, str(group.weights), group.shapes, f"{group.parameters:,}", group.bits, *in_figures(group.errors))
         for group in layer_groups(report["weights"], fields.values())
     ]
     every = in_figures(pooled_errors(report["weights"], fields.values()))
-    rows.append(("all", str(totals["weights"]), "", f"{totals['bits_per_weight']:.2f}", *every))
+    parameters = f"{totals['parameters']:,}"
+    rows.append(("all", str(totals["weights"]), "", parameters, f"{totals['bits_per_weight']:.2f}", *every))
     heads = tuple((head, "right") for head in fields)
     of = "output error ‖Y − Ŷ‖/‖Y‖" if config["method"] in CALIBRATED else "relative error ‖W − Ŵ‖/‖W‖"
     output.table(f"{report['source']['model']}: {of} by kind of layer", (*LAYER_COLUMNS, *heads), rows, total=1)
@@ -132,20 +137,17 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
 
 def inspect(output: Out, target: str, html: Path | None) -> None:
     """The report of an output, or the plan that defaults give for a model."""
-    page = Out()  # the same words again, recorded for the page
-    page.stdout = Console(record=True, file=io.StringIO(), width=TABLE_WIDTH)
     folder = Path(target)
     if (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir():
-        made = verification.read_report(folder)
-        for sink in (output, page):
-            report(sink, made, folder)
+        told = verification.read_report(folder)
+        report(output, told, folder)
     else:
         planned = plan_quantize(target, QuantizeConfig())
-        for sink in (output, page):
-            plan(sink, planned, None)
+        told = plan_summary(planned)
+        plan(output, planned, None)
     if html is not None:
         try:
-            html.write_text(page.stdout.export_html(), encoding="utf-8")
+            html.write_text(page(told), encoding="utf-8")
         except OSError as error:
             raise LoftqError(f"cannot write `{html}`: {error.strerror}") from None
         output.note(f"wrote `{html}`")
