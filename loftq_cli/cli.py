@@ -96,6 +96,7 @@ def quantize(
     finish_lr: options.FinishLr = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = None,
+    evict: options.Evict = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -114,7 +115,7 @@ def quantize(
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
         "factor_lr": factor_lr, "clip_lr": clip_lr, "code_lr": code_lr, "augmented": augmented,
         "finish_epochs": finish_epochs, "finish_lr": finish_lr, "activation_budget": activation_budget,
-        "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
+        "revision": revision, "trust_remote_code": trust_remote_code, "evict": evict, "device": device, "seed": seed,
     }  # fmt: skip
     silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks
     with speaking(json, quiet, verbose, silent) as output:

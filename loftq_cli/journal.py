@@ -263,7 +263,7 @@ def remove_outputs(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for folder in {(out / name).parent for name in names} - {out}:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

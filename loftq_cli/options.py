@@ -159,6 +159,14 @@ TrustRemoteCode = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+Evict = Annotated[
+    bool | None,
+    typer.Option(
+        "--evict/--no-evict",
+        help="Of a Hub id keep only a few shards on the disk, each deleted after use. \\[default: no]",
+        rich_help_panel=INPUT,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what loftq wrote in OUT.", rich_help_panel=OUTPUT)

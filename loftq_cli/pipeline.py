@@ -54,6 +54,7 @@ from loftq_cli.plan import (
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
 from loftq_cli.resume import check_disk, forget_lost
+from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
 
@@ -69,6 +70,7 @@ def plan_quantize(model: str, config: QuantizeConfig, *, to_run: bool = False) -
     With `to_run` a GPU is got ready at the same time, by threads and memory that a library must not take unasked.
     """
     checkpoint = open_checkpoint(model, config.revision)
+    refuse_eviction(checkpoint, config)
     targets = find_targets(checkpoint, config.trust_remote_code)
     device = resolve_device(config.device)
     decided = config.model_copy(update={"device": str(device)})
@@ -125,19 +127,21 @@ def run_plan(
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
     progress = progress or (lambda name, size: None)
+    refuse_sharing(plan.config, ranks.size)
     if ranks.rank > 0:
         return _follow(plan, out, identity, device, ranks, progress, calibration)
     _refuse_source_as_out(plan, out)
     if check_out(out, identity, resume, overwrite):
         ranks.tell(FINISHED)
         return read_finished(out)
-    check_disk(plan, out, already_bytes=_bytes_in(out))
+    check_disk(plan, out)
     with claimed(out, identity, resume, overwrite) as journal:
         if journal is None:
             ranks.tell(FINISHED)
             return read_finished(out)
         forget_lost(plan, out, journal)
         journal.begin(identity, planned_files(plan))
+        plan = streamed(plan, out, journal)
         with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
             ranks.tell(journal.number)
             measured = run_steps(plan, outputs, device, ranks, progress, calibration)
@@ -294,7 +298,3 @@ def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> 
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

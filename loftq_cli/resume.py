@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loftq_cli.checkpoint.reader import TensorInfo, read_header, read_tensor
+from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
@@ -84,7 +85,7 @@ def adapter_names(batch: WeightBatch) -> list[str]:
     return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]
 
 
-def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
+def check_disk(plan: Plan, out: Path) -> None:
     """Refuse when the file system of `out` lacks room for what is still to be written.
 
     Raises:
@@ -92,7 +93,10 @@ def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
     """
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
-    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20) - already_bytes
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20)
+    if plan.config.evict:
+        needed += KEPT * max(plan.checkpoint.file_sizes[file] for file in plan.checkpoint.files)
+    needed -= sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise LoftqError(

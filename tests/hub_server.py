@@ -61,6 +61,7 @@ class HubServer:
         self.bytes_served: Counter[str] = Counter()  # of file contents, by file name
         self.cuts: dict[str, Cut] = {}
         self.fail_with: int | None = None  # answer everything with this status
+        self.on_download: Callable[[str], None] | None = None  # called before a whole large file is sent
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
@@ -106,6 +107,7 @@ class HubServer:
         self.bytes_served.clear()
         self.cuts.clear()
         self.fail_with = None
+        self.on_download = None
 
 
 class _Refusal(Exception):
@@ -187,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(302, b"", headers)
 
     def _storage(self, repo: str, commit: str, file: str) -> None:
+        if self.hub.on_download and "Range" not in self.headers:
+            self.hub.on_download(file)
         self._file(self.hub.repos[repo].commits[commit] / file, {})
 
     def _file(self, path: Path, headers: dict[str, str]) -> None:
