@@ -23,6 +23,8 @@ loftq quantize --config configs/2bit-gptq.yaml --dry-run HuggingFaceTB/SmolLM2-1
 
 loftq verify ./out --source ./SmolLM2-135M-Instruct
 
+loftq push ./out you/SmolLM2-135M-Instruct-2bit --private
+
 torchrun --nproc-per-node 2 -m loftq_cli quantize --bits 2 MODEL OUT
 """
 
@@ -99,6 +101,8 @@ def quantize(
     evict: options.Evict = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     dry_run: options.DryRun = False,
     device: options.Device = None,
     activation_budget: options.ActivationBudget = None,
@@ -124,6 +128,8 @@ def quantize(
         decided = load_config(config, flags)
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
+        if private and push_to_hub is None:
+            raise ConfigError("`--private` is for `--push-to-hub`, which is not given", "give both, or neither")
         from loftq_cli import pipeline, show
         from loftq_cli.ranks import joined
         from loftq_cli.windows import prepare, told
@@ -136,6 +142,8 @@ def quantize(
                 output.note(told(prepare(plan, 1), plan.config.calibration))
             show.plan(output, plan, out)
             return
+        if push_to_hub is not None and not silent:
+            show.prepare_push(output, out, push_to_hub, private)  # what would be refused after hours is refused now
         before = (out / "loftq_report.json").exists()
         try:
             with (
@@ -153,7 +161,10 @@ def quantize(
             ) from None
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
-        show.report(output, report, out, model)
+        if push_to_hub is not None and not silent:
+            show.report_pushed(output, report, out, model, push_to_hub, private)
+        else:
+            show.report(output, report, out, model)
 
 
 @app.command()
@@ -202,6 +213,28 @@ def merge(
         from loftq_cli import show
 
         show.merge(output, out, dest)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Owner and name, such as you/model-2bit.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repo private.")] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="BRANCH", help="Another branch, made if need be; or a pull request, refs/pr/N."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and bytes; ask nothing of the Hub.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Upload base, adapter and card to the Hub; typed again after a broken connection, it sends what is missing."""
+    with speaking(json, quiet, verbose) as output:
+        from loftq_cli import show
+
+        show.push(output, out, repo_id, private=private, revision=revision, message=message, dry_run=dry_run)
 
 
 @app.command("eval")

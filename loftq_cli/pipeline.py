@@ -18,6 +18,7 @@ from loftq_cli.batches import compute_batch, load_batch, rehearse
 from loftq_cli.blocks import Measured, run_blocks
 from loftq_cli.calibration.text import Calibration
 from loftq_cli.card import model_card
+from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
 from loftq_cli.checkpoint.reader import TensorInfo
@@ -30,6 +31,8 @@ from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.journal import (
     ADAPTER_CONFIG,
+    CARD_FILE,
+    CHART_FILE,
     REPORT_FILE,
     WORK_FOLDER,
     Identity,
@@ -53,7 +56,7 @@ from loftq_cli.plan import (
 )
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
-from loftq_cli.resume import check_disk, forget_lost
+from loftq_cli.resume import check_disk, forget_lost, refuse_source_as_out
 from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
@@ -130,7 +133,7 @@ def run_plan(
     refuse_sharing(plan.config, ranks.size)
     if ranks.rank > 0:
         return _follow(plan, out, identity, device, ranks, progress, calibration)
-    _refuse_source_as_out(plan, out)
+    refuse_source_as_out(plan, out)
     if check_out(out, identity, resume, overwrite):
         ranks.tell(FINISHED)
         return read_finished(out)
@@ -273,7 +276,8 @@ def finish(
     if calibration is not None and measured is not None:
         report["config"]["calibration_tokens"] = describe(calibration)["sha256"]
         report["calibration"] = {**describe(calibration), **asdict(measured)}
-    write_file(out / "README.md", model_card(plan, report).encode())
+    write_file(out / CHART_FILE, error_chart(report).encode())
+    write_file(out / CARD_FILE, model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
     journal.remove()
     return report
@@ -282,12 +286,6 @@ def finish(
 def read_finished(out: Path) -> dict[str, Any]:
     """The report of a finished run."""
     return json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
-
-
-def _refuse_source_as_out(plan: Plan, out: Path) -> None:
-    source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
-    if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
-        raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")
 
 
 def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> dict[str, Any]:

@@ -103,3 +103,10 @@ def check_disk(plan: Plan, out: Path) -> None:
             f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
             "free some space, or choose an OUT on another disk",
         )
+
+
+def refuse_source_as_out(plan: Plan, out: Path) -> None:
+    """Refuse to write where the model lies."""
+    source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
+    if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
+        raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.filesize import decimal as size
 
+from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
@@ -20,8 +21,9 @@ from loftq_cli.console import TABLE_WIDTH, Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
-from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.journal import REPORT_FILE, WORK_FOLDER, finished_identity
 from loftq_cli.pipeline import plan_quantize
+from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
     error_columns,
     in_figures,
@@ -69,9 +71,12 @@ def bar(plan: Plan, processes: int) -> tuple[str, int]:
     return "calibrating", plan.weight_bytes * (3 if plan.config.finish_epochs else 1)
 
 
-def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None = None) -> None:
+def report(
+    output: Out, report: Mapping[str, Any], out: Path, source: str | None = None, pushed: Pushed | None = None
+) -> None:
     """What was done, measured, and what to type next."""
-    output.data({key: value for key, value in report.items() if key != "weights"})
+    sent = {"push": asdict(pushed)} if pushed else {}
+    output.data({**{key: value for key, value in report.items() if key != "weights"}, **sent})
     totals, config = report["totals"], report["config"]
     fields = error_columns(config)
     rows = [
@@ -128,6 +133,55 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         )
     check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])
     output.result(f"\nCheck it:\n\n  {check}")
+
+
+def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
+    """Refuse before a run what would keep its output from being pushed."""
+    made = finished_identity(out) and verification.read_report(out)
+    pushing.open_repo(repo_id, private, None, made["files"] if made else {}, output.note)
+
+
+def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
+    """Push what was made, and report both; where the push fails, what was made."""
+    pushed = None
+    try:
+        pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
+    finally:
+        report(output, made, out, source, pushed)
+    _pushed(output, pushed, made)
+
+
+def push(
+    output: Out,
+    out: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    dry_run: bool,
+) -> None:
+    """Push, or with `dry_run` say what would be."""
+    parcel = pushing.pack(out, repo_id, revision)
+    if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
+        output.note(f"not from loftq, so it stays here: {', '.join(left)}")
+    if dry_run:
+        output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
+        rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
+        rows.append(("all", f"{parcel.total_bytes:,}"))
+        output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
+        return
+    pushed = pushing.push(parcel, private=private, message=message, note=output.note)
+    output.data(asdict(pushed))
+    _pushed(output, pushed, parcel.report)
+
+
+def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
+    gone = f"; {len(pushed.deleted)} of an earlier push removed" if pushed.deleted else ""
+    load = "\n".join(
+        f"  {line}" if line else "" for line in load_lines(report, pushed.repo_id, branch_of(pushed.revision))
+    )
+    output.result(f"{len(pushed.files)} files, {size(pushed.bytes)}, are on {pushed.url}{gone}\n\n{load}")
 
 
 def inspect(output: Out, target: str, html: Path | None) -> None:
