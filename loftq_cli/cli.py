@@ -138,9 +138,10 @@ def quantize(
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:
-            if plan.is_calibrated:
-                output.note(told(prepare(plan, 1), plan.config.calibration))
-            show.plan(output, plan, out)
+            text = prepare(plan, 1) if plan.is_calibrated else None
+            if text is not None:
+                output.note(told(text, plan.config.calibration))
+            show.plan(output, plan, out, key=pipeline.identity(plan, text).key)
             return
         if push_to_hub is not None and not silent:
             show.prepare_push(output, out, push_to_hub, private)  # what would be refused after hours is refused now

@@ -7,6 +7,7 @@ is ignored. A finished OUT holds no work folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -38,6 +39,12 @@ class Identity:
     version: str
     source: str  # fingerprint of the source checkpoint
     config: dict[str, Any]  # the decided configuration, `device` as its kind
+
+    @property
+    def key(self) -> str:
+        """A hash of it all, to name a cache by; text is known by its tokens."""
+        config = {name: value for name, value in self.config.items() if name != "calibration"}
+        return hashlib.sha256(json.dumps([self.version, self.source, config], sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Identity) -> list[str]:
         """One sentence for each field of `other` (the new run) that differs from this one (what is on disk)."""

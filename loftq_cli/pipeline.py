@@ -124,7 +124,7 @@ def run_plan(
     """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share; `note` is told of the text."""
     if (calibration := prepare(plan, ranks.size) if plan.is_calibrated else None) is not None:
         note(told(calibration, plan.config.calibration))
-    identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config, calibration))
+    identified = identity(plan, calibration)
     device = torch.device(plan.config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -132,18 +132,18 @@ def run_plan(
     progress = progress or (lambda name, size: None)
     refuse_sharing(plan.config, ranks.size)
     if ranks.rank > 0:
-        return _follow(plan, out, identity, device, ranks, progress, calibration)
+        return _follow(plan, out, identified, device, ranks, progress, calibration)
     refuse_source_as_out(plan, out)
-    if check_out(out, identity, resume, overwrite):
+    if check_out(out, identified, resume, overwrite):
         ranks.tell(FINISHED)
         return read_finished(out)
     check_disk(plan, out)
-    with claimed(out, identity, resume, overwrite) as journal:
+    with claimed(out, identified, resume, overwrite) as journal:
         if journal is None:
             ranks.tell(FINISHED)
             return read_finished(out)
         forget_lost(plan, out, journal)
-        journal.begin(identity, planned_files(plan))
+        journal.begin(identified, planned_files(plan))
         plan = streamed(plan, out, journal)
         with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
             ranks.tell(journal.number)
@@ -288,10 +288,12 @@ def read_finished(out: Path) -> dict[str, Any]:
     return json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
 
 
-def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> dict[str, Any]:
-    """The configuration as the journal holds it: the device by its kind, and calibration by its tokens."""
+def identity(plan: Plan, calibration: Calibration | None) -> Identity:
+    """What a run is known by, in its journal and in caches: the device by its kind, and calibration by its tokens."""
     tokens = {"calibration_tokens": describe(calibration)["sha256"]} if calibration is not None else {}
-    return {**config.model_dump(mode="json"), "device": torch.device(config.device).type, **tokens}
+    device = torch.device(plan.config.device).type
+    config = {**plan.config.model_dump(mode="json"), "device": device, **tokens}
+    return Identity(__version__, plan.checkpoint.fingerprint, config)
 
 
 def _json_bytes(value: Any) -> bytes:

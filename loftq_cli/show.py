@@ -44,10 +44,10 @@ SHOWN = 20  # violations
 SHOWN_BLOCKS = 6  # evenly from the first to the last
 
 
-def plan(output: Out, plan: Plan, out: Path | None) -> None:
-    """What would be done."""
+def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> None:
+    """What would be done; `key` is that of the result, for caches."""
     summary = plan_summary(plan)
-    output.data(summary)
+    output.data({**summary, "key": key} if key else summary)
     totals, config = summary["totals"], plan.config
     rows = [(group.kind, str(group.weights), group.shapes, group.bits) for group in layer_groups(summary["weights"])]
     target = f" → {out}" if out else ""
