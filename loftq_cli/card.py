@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,6 +24,9 @@ from loftq_cli.report import (
     skip_counts,
     trained,
 )
+
+if TYPE_CHECKING:
+    from loftq_cli.evaluate import Evaluation
 
 MEANING = {
     "weight": "`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.",
@@ -138,6 +141,20 @@ def _front_matter(readme: str) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def with_perplexity(card: str, measured: Evaluation, text: str) -> str:
+    """The card with perplexities on a text of this name, in place of those that it may have of it already."""
+    heading = f"## Perplexity on `{text}`"
+    rows = "\n".join(f"| {row.name} | {row.nll:.4f} | {row.perplexity:.6g} |" for row in measured.rows)
+    table = f"| model | nats per token | perplexity |\n|---|---|---|\n{rows}"
+    section = f"{heading}\n\n{table}\n\n{measured.protocol[0].upper()}{measured.protocol[1:]}.\n\n"
+    before, found, after = card.partition(heading + "\n")
+    if found:
+        _, next_heading, rest = after.partition("\n## ")
+        return before + section + (f"## {rest}" if next_heading else "")
+    before, found, after = card.partition("## Kept as it was\n")
+    return before + section + found + after if found else f"{card.rstrip()}\n\n{section.rstrip()}\n"
 
 
 def _sources(config: Mapping[str, Any]) -> list[str]:

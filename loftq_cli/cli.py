@@ -249,6 +249,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Only the first N tokens of the text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Put the result on OUT's model card, too.")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
@@ -257,4 +258,5 @@ def evaluate(
     with speaking(json, quiet, verbose) as sink:
         from loftq_cli.show import perplexity
 
-        perplexity(sink, out, text, source, seqlen=seqlen, max_tokens=max_tokens, batch_size=batch_size, device=device)
+        window = {"seqlen": seqlen, "max_tokens": max_tokens, "batch_size": batch_size}
+        perplexity(sink, out, text, source, card, device=device, **window)

@@ -15,13 +15,15 @@ from rich.filesize import decimal as size
 
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
+from loftq_cli.card import with_perplexity
+from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import TABLE_WIDTH, Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
-from loftq_cli.journal import REPORT_FILE, WORK_FOLDER, finished_identity
+from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER, finished_identity
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
@@ -247,8 +249,9 @@ def merge(output: Out, out: Path, dest: Path) -> None:
     )
 
 
-def perplexity(output: Out, out: Path, text: Path, source: str | None, **options: Any) -> None:
-    """Measure and print perplexities; `options` are those of `evaluate`."""
+def perplexity(output: Out, out: Path, text: Path, source: str | None, card: bool, **options: Any) -> None:
+    """Measure and print perplexities, and with `card` put them there; `options` are those of `evaluate`."""
+    before = (out / CARD_FILE).read_text(encoding="utf-8") if card else ""
     measured = evaluate(out, text, source, progress=output.progress, **options)
     for note in measured.notes:
         output.warning(note)
@@ -260,6 +263,9 @@ def perplexity(output: Out, out: Path, text: Path, source: str | None, **options
     columns = (("model", "left"), ("nats per token", "right"), ("perplexity", "right"))
     output.table(f"{out} on {text}", columns, rows)
     output.result(measured.protocol)
+    if card:
+        write_file(out / CARD_FILE, with_perplexity(before, measured, text.name).encode())
+        output.note(f"wrote it to `{out / CARD_FILE}`")
 
 
 def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:
