@@ -79,7 +79,9 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> Loftq
     if status in (409, 412):
         return LoftqError(f"something else is writing to `{repo_id}` ({status})", f"wait for it; {again}")
     if status == 429:
-        return LoftqError("the Hub says: too many requests (429)", f"wait a few minutes; {again}")
+        seconds = _asked_seconds(error)
+        how_long = f"{seconds:.0f} s" if seconds else "a few minutes"
+        return LoftqError("the Hub says: too many requests (429)", f"wait {how_long}; {again}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return LoftqError("HF_HUB_OFFLINE keeps the Hub away", "unset it")
     if status is not None and status < 500:
@@ -110,11 +112,22 @@ def _wait_seconds(error: BaseException, attempt: int) -> float | None:
     """How long to wait before trying again; None where that is of no use."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-    status, headers = _status(error), getattr(getattr(error, "response", None), "headers", {})
+    status = _status(error)
     if isinstance(error, OfflineModeIsEnabled) or (status is not None and status != 429 and status < 500):
         return None
     if status is None and not isinstance(error, (HTTPError, ConnectionError)):
         return None
-    asked = str(headers.get("Retry-After", "")).strip()
-    seconds = float(asked) if asked.isdigit() else 2.0**attempt
+    seconds = _asked_seconds(error) or 2.0**attempt
     return seconds if seconds <= LONGEST_WAIT_SECONDS else None
+
+
+def _asked_seconds(error: BaseException) -> float | None:
+    """How long the Hub asks to wait, in either of its ways."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = str(headers.get("Retry-After", "")).strip()
+    return float(asked) if asked.isdigit() else None

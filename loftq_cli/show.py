@@ -16,14 +16,14 @@ from rich.filesize import decimal as size
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.card import with_perplexity
-from loftq_cli.checkpoint.files import write_file
+from loftq_cli.checkpoint.files import read_json, write_file
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import TABLE_WIDTH, Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
-from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER, finished_identity
+from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
@@ -139,12 +139,12 @@ def report(
 
 def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
     """Refuse before a run what would keep its output from being pushed."""
-    made = finished_identity(out) and verification.read_report(out)
-    pushing.open_repo(repo_id, private, None, made["files"] if made else {}, output.note)
+    pushing.open_repo(repo_id, private, None, read_json(out / REPORT_FILE).get("files", {}), output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
+    output.note(f"pushing to {repo_id}")
     pushed = None
     try:
         pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
@@ -164,6 +164,7 @@ def push(
     dry_run: bool,
 ) -> None:
     """Push, or with `dry_run` say what would be."""
+    output.note(f"checking `{out}` against its report")
     parcel = pushing.pack(out, repo_id, revision)
     if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
         output.note(f"not from loftq, so it stays here: {', '.join(left)}")

@@ -146,6 +146,13 @@ snapshot_download({REPO!r}, local_dir=sys.argv[1])
     assert verify(other, str(model)).violations == ()
     assert set(contents(hub.folder("org/other"))) == {".gitattributes"}  # main is as it was
 
+    # a pull request is to become part of main: nothing names it
+    hub.repos["org/other"].refs["refs/pr/1"] = hub.repos["org/other"].refs["main"]
+    assert loftq(hub, "push", "--revision", "refs/pr/1", out, "org/other").returncode == 0
+    proposed = hub.folder("org/other", "refs/pr/1")
+    assert 'from_pretrained("org/other")' in (proposed / "README.md").read_text()
+    assert json.loads((proposed / "loftq_init/adapter_config.json").read_text())["revision"] is None
+
 
 def test_dry_run_asks_nothing_of_the_hub(hub: WritableHub, out: Path) -> None:
     done = loftq(hub, "push", "--dry-run", "--json", out, REPO, token="")
@@ -261,13 +268,15 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
 
 def test_the_hub_says_later(hub: WritableHub, out: Path) -> None:
     """429 with Retry-After where the client itself would give up, and where it tries again."""
-    for route in ("repos/create", "/commit/", "preupload", "/upload/"):
+    for route in ("repos/create", "preupload", "/upload/"):
         hub.faults.append(Fault(route, 429, headers={"Retry-After": "7"}))
+    hub.faults.append(Fault("/commit/", 429, headers={"ratelimit": '"api";r=0;t=33'}))
     done = loftq(hub, "push", out, REPO)
     assert done.returncode == 0, done.stderr
     assert verify(hub.folder(REPO)).violations == ()
     slept = [float(word) for word in done.stderr.rpartition("slept")[2].split()]
     assert len([seconds for seconds in slept if seconds >= 7]) == 4
+    assert 33 in slept
     assert "answered 429: going on in 7 s" in said(done)
     assert all(fault.times == 0 for fault in hub.faults)
 
