@@ -57,6 +57,14 @@ class WritableHub(HubServer):
         self.upload_cuts.clear()
         self.uploads.clear()
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.reset()
+        self.repos.clear()
+        self.blobs.clear()
+        self.messages.clear()
+        shutil.rmtree(self.store, ignore_errors=True)
+
     def folder(self, repo_id: str, ref: str = "main") -> Path:
         """The files of a repo at a branch."""
         repo = self.repos[repo_id]
