@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from loftq_cli.config import CALIBRATED
+from loftq_cli.journal import CHART_FILE
 from loftq_cli.plan import Plan
 from loftq_cli.report import (
+    PLACEHOLDER,
     base_fingerprint,
     error_columns,
     in_figures,
@@ -20,11 +25,28 @@ from loftq_cli.report import (
     trained,
 )
 
+if TYPE_CHECKING:
+    from loftq_cli.evaluate import Evaluation
+
 MEANING = {
     "weight": "`‖W − Ŵ‖ / ‖W‖` (Frobenius), pooled over the weights of a kind, of the base alone and with the adapter.",
     "output": "`‖Y − Ŷ‖ / ‖Y‖` (Frobenius) of what layers say in the source and here, root mean square over the layers "
     "of a kind: without the adapters of their block and with all adapters; on the text that was calibrated on, and on "
     "text held out.",
+}
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source's card
+FORMAT_TAGS = {"bnb": ("bitsandbytes",), "gptq": ("gptq",), "compressed-tensors": ("compressed-tensors",)}
+PAPERS = {
+    "loftq": "LoftQ: [arXiv 2310.08659](https://arxiv.org/abs/2310.08659)",
+    "qlora": "QLoRA: [arXiv 2305.14314](https://arxiv.org/abs/2305.14314)",
+    "nf": "QLoRA: [arXiv 2305.14314](https://arxiv.org/abs/2305.14314)",
+    "double_quant": "QLoRA: [arXiv 2305.14314](https://arxiv.org/abs/2305.14314)",
+    "qera": "QERA: [arXiv 2410.06040](https://arxiv.org/abs/2410.06040)",
+    "cloq": "CLoQ: [arXiv 2501.18475](https://arxiv.org/abs/2501.18475)",
+    "apiq-lw": "ApiQ: [arXiv 2402.05147](https://arxiv.org/abs/2402.05147)",
+    "apiq-bw": "ApiQ: [arXiv 2402.05147](https://arxiv.org/abs/2402.05147)",
+    "rslora": "rsLoRA: [arXiv 2312.03732](https://arxiv.org/abs/2312.03732)",
+    "finish": "RILQ: [arXiv 2412.01129](https://arxiv.org/abs/2412.01129)",
 }
 SETTINGS = (
     "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
@@ -35,7 +57,6 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     """README.md of the output: how to load, what was measured, with which settings."""
     totals, config = report["totals"], report["config"]
     name = Path(report["source"]["model"]).resolve().name
-    hub_id = "" if Path(report["source"]["model"]).is_dir() else f"base_model: {report['source']['model']}\n"
     columns = error_columns(config)
     rows = "\n".join(
         f"| `{group.kind}` | {group.weights} | {group.bits} | " + _cells(group.errors)
@@ -50,16 +71,13 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     calibrated = config["method"] in CALIBRATED
     aim = "says what the original model says, as nearly" if calibrated else "is as near to the original weights"
     training = f"{sentence[0].upper()}{sentence[1:]}.\n\n" if (sentence := trained(report)) else ""
-    load = "\n".join(load_lines(report, "PATH_OR_HUB_ID_OF_THIS_FOLDER"))
+    load = "\n".join(load_lines(report, PLACEHOLDER))
     notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
     fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
+    matter = yaml.safe_dump(front_matter(plan), sort_keys=False, allow_unicode=True)
+    sources = "\n".join(f"- {line}" for line in _sources(config))
     return f"""---
-library_name: peft
-{hub_id}base_model_relation: quantized
-tags:
-- loftq
-- lora
----
+{matter}---
 
 # {name}: {config["bits"]}-bit base with a LoRA adapter that repairs it
 
@@ -85,6 +103,8 @@ as the method makes it.
 {rows}
 | **all** | {totals["weights"]} | {totals["bits_per_weight"]:.2f} stored | {every}
 
+![Error of every block, of the base alone and with the adapter]({CHART_FILE})
+
 {training}Settings: {settings}.
 
 ## Kept as it was
@@ -96,7 +116,53 @@ as the method makes it.
 It holds the difference between the original weights and *this* base: on the original model it would subtract quality.
 The header of `adapter_model.safetensors` names the base by its hash, `{fingerprint}`;
 `loftq verify` checks it and recomputes the error of every weight from the files.
+
+## Sources
+
+{sources}
 """
+
+
+def front_matter(plan: Plan) -> dict[str, Any]:
+    """What the Hub reads of a card: the source and its licence, language and task, as its own card has them."""
+    checkpoint, source = plan.checkpoint, _front_matter(plan.checkpoint.readme)
+    hub_id = checkpoint.model if checkpoint.revision is not None and not Path(checkpoint.model).is_dir() else None
+    base = {"base_model": hub_id, "base_model_relation": "quantized"} if hub_id else {}
+    carried = {key: source[key] for key in CARRIED if source.get(key)}
+    tags = ["loftq", "lora", "peft", f"{plan.config.bits}-bit", *FORMAT_TAGS.get(plan.config.format, ())]
+    return {**carried, "library_name": "transformers", **base, "tags": tags}
+
+
+def _front_matter(readme: str) -> dict[str, Any]:
+    """The YAML at the top of a card; what cannot be read of it is none."""
+    found = re.match(r"\s*---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def with_perplexity(card: str, measured: Evaluation, text: str) -> str:
+    """The card with perplexities on a text of this name, in place of those that it may have of it already."""
+    heading = f"## Perplexity on `{text}`"
+    rows = "\n".join(f"| {row.name} | {row.nll:.4f} | {row.perplexity:.6g} |" for row in measured.rows)
+    table = f"| model | nats per token | perplexity |\n|---|---|---|\n{rows}"
+    section = f"{heading}\n\n{table}\n\n{measured.protocol[0].upper()}{measured.protocol[1:]}.\n\n"
+    before, found, after = card.partition(heading + "\n")
+    if found:
+        _, next_heading, rest = after.partition("\n## ")
+        return before + section + (f"## {rest}" if next_heading else "")
+    before, found, after = card.partition("## Kept as it was\n")
+    return before + section + found + after if found else f"{card.rstrip()}\n\n{section.rstrip()}\n"
+
+
+def _sources(config: Mapping[str, Any]) -> list[str]:
+    """The papers behind a run."""
+    names = ["loftq", config["method"], config.get("init") if config["method"].startswith("apiq") else None]
+    names += [config["quantizer"], "double_quant" if config["double_quant"] else None]
+    names += ["rslora" if config["rslora"] else None, "finish" if config["finish_epochs"] else None]
+    return list(dict.fromkeys(PAPERS[name] for name in names if name in PAPERS))
 
 
 def _cells(errors: Iterable[float | None]) -> str:

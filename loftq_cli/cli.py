@@ -23,6 +23,8 @@ loftq quantize --config configs/2bit-gptq.yaml --dry-run HuggingFaceTB/SmolLM2-1
 
 loftq verify ./out --source ./SmolLM2-135M-Instruct
 
+loftq push ./out you/SmolLM2-135M-Instruct-2bit --private
+
 torchrun --nproc-per-node 2 -m loftq_cli quantize --bits 2 MODEL OUT
 """
 
@@ -96,8 +98,11 @@ def quantize(
     finish_lr: options.FinishLr = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = None,
+    evict: options.Evict = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     dry_run: options.DryRun = False,
     device: options.Device = None,
     activation_budget: options.ActivationBudget = None,
@@ -114,7 +119,7 @@ def quantize(
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
         "factor_lr": factor_lr, "clip_lr": clip_lr, "code_lr": code_lr, "augmented": augmented,
         "finish_epochs": finish_epochs, "finish_lr": finish_lr, "activation_budget": activation_budget,
-        "revision": revision, "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
+        "revision": revision, "trust_remote_code": trust_remote_code, "evict": evict, "device": device, "seed": seed,
     }  # fmt: skip
     silent = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun: rank 0 speaks
     with speaking(json, quiet, verbose, silent) as output:
@@ -123,6 +128,8 @@ def quantize(
         decided = load_config(config, flags)
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
+        if private and push_to_hub is None:
+            raise ConfigError("`--private` is for `--push-to-hub`, which is not given", "give both, or neither")
         from loftq_cli import pipeline, show
         from loftq_cli.ranks import joined
         from loftq_cli.windows import prepare, told
@@ -131,10 +138,13 @@ def quantize(
         for note in plan.notes:
             (output.note if note.startswith("format") else output.warning)(note)
         if dry_run:
-            if plan.is_calibrated:
-                output.note(told(prepare(plan, 1), plan.config.calibration))
-            show.plan(output, plan, out)
+            text = prepare(plan, 1) if plan.is_calibrated else None
+            if text is not None:
+                output.note(told(text, plan.config.calibration))
+            show.plan(output, plan, out, key=pipeline.identity(plan, text).key)
             return
+        if push_to_hub is not None and not silent:
+            show.prepare_push(output, out, push_to_hub, private)  # what would be refused after hours is refused now
         before = (out / "loftq_report.json").exists()
         try:
             with (
@@ -152,7 +162,10 @@ def quantize(
             ) from None
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
-        show.report(output, report, out, model)
+        if push_to_hub is not None and not silent:
+            show.report_pushed(output, report, out, model, push_to_hub, private)
+        else:
+            show.report(output, report, out, model)
 
 
 @app.command()
@@ -203,6 +216,28 @@ def merge(
         show.merge(output, out, dest)
 
 
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Owner and name, such as you/model-2bit.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repo private.")] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="BRANCH", help="Another branch, made if need be; or a pull request, refs/pr/N."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and bytes; ask nothing of the Hub.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Upload base, adapter and card to the Hub; typed again after a broken connection, it sends what is missing."""
+    with speaking(json, quiet, verbose) as output:
+        from loftq_cli import show
+
+        show.push(output, out, repo_id, private=private, revision=revision, message=message, dry_run=dry_run)
+
+
 @app.command("eval")
 def evaluate(
     out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
@@ -214,6 +249,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Only the first N tokens of the text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    card: Annotated[bool, typer.Option("--card", help="Put the result on OUT's model card, too.")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
@@ -222,4 +258,5 @@ def evaluate(
     with speaking(json, quiet, verbose) as sink:
         from loftq_cli.show import perplexity
 
-        perplexity(sink, out, text, source, seqlen=seqlen, max_tokens=max_tokens, batch_size=batch_size, device=device)
+        window = {"seqlen": seqlen, "max_tokens": max_tokens, "batch_size": batch_size}
+        perplexity(sink, out, text, source, card, device=device, **window)

@@ -13,6 +13,7 @@ from loftq_cli.errors import ConfigError, did_you_mean
 
 Bits = Literal[2, 3, 4, 8]
 CALIBRATED = ("qera", "cloq", "apiq-lw", "apiq-bw")  # methods that see text
+UNCALIBRATED = ("loftq", "qlora")
 TRAINED = ("apiq-lw", "apiq-bw")
 EPOCHS = {"qlora": 20}  # of training, as published; from a better start fewer do
 FEWER_EPOCHS = 5
@@ -77,6 +78,7 @@ class QuantizeConfig(BaseModel):
 
     revision: str | None = None
     trust_remote_code: bool = False
+    evict: bool = Field(default=False, exclude=True)  # neither does this
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     seed: int = 0
@@ -94,6 +96,7 @@ class QuantizeConfig(BaseModel):
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
+        self._refuse_idle(("evict",), UNCALIBRATED)  # the others read a checkpoint several times
         if self.finish_epochs == 0 and self._was_given("finish_lr"):
             raise ValueError("`finish_lr` is that of a finish: give `finish_epochs`, too")
         start = (self.init or "cloq") if self.is_trained else self.method

@@ -7,12 +7,13 @@ is ignored. A finished OUT holds no work folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
@@ -21,13 +22,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loftq_cli.checkpoint.files import write_file, writing
+from loftq_cli.checkpoint.files import read_json, read_lines, write_file, writing
 from loftq_cli.errors import LoftqError, again
 
 WORK_FOLDER = ".loftq"
 REPORT_FILE = "loftq_report.json"
 JOURNAL_FILE = "journal.jsonl"
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
+CARD_FILE, CHART_FILE = "README.md", "loftq_errors.svg"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Identity:
     version: str
     source: str  # fingerprint of the source checkpoint
     config: dict[str, Any]  # the decided configuration, `device` as its kind
+
+    @property
+    def key(self) -> str:
+        """A hash of it all, to name a cache by; text is known by its tokens."""
+        config = {name: value for name, value in self.config.items() if name != "calibration"}
+        return hashlib.sha256(json.dumps([self.version, self.source, config], sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Identity) -> list[str]:
         """One sentence for each field of `other` (the new run) that differs from this one (what is on disk)."""
@@ -79,12 +87,12 @@ class Journal:
         self.files: dict[str, FileProgress] = {}
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        header, *lines = _read_lines(self.folder / JOURNAL_FILE) or [{}]
+        header, *lines = read_lines(self.folder / JOURNAL_FILE) or [{}]
         self.number = header.get("number", 0)
         self.identity = Identity(**header["identity"]) if header else None
         of_ranks = [lines]
         for path in sorted(self.folder.glob("journal.*.jsonl")):
-            other, *more = _read_lines(path) or [{}]
+            other, *more = read_lines(path) or [{}]
             of_ranks += [more] if other.get("number") == self.number else []
         totals: list[dict[str, float]] = []
         for lines in of_ranks:
@@ -105,9 +113,7 @@ class Journal:
             planned: names of all files the run will write in OUT, so that `--overwrite` can remove them.
         """
         self.number = secrets.randbits(53)  # not counted on: a rank that does not share OUT may hold an older journal
-        header = {
-            "identity": asdict(identity), "planned": planned, "number": self.number, "seconds": self.seconds,
-        }  # fmt: skip
+        header = {"identity": asdict(identity), "planned": planned, "number": self.number, "seconds": self.seconds}
         written = {name: sorted(file.written) for name, file in self.files.items() if file.written}
         whole = {name: file.sha256 for name, file in self.files.items() if file.sha256}
         rows = list(self.rows.values())
@@ -184,7 +190,7 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
     if not out.exists() or not any(out.iterdir()):
         return False
     work = out / WORK_FOLDER
-    begun = _read_lines(work / JOURNAL_FILE)[:1]
+    begun = read_lines(work / JOURNAL_FILE)[:1]
     finished = None if begun else finished_identity(out)  # without a journal a work folder is only a kill's leftover
     if overwrite and (work.is_dir() or finished):
         return False
@@ -207,7 +213,7 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
             f"`{out}` holds a finished run with other settings: " + "; ".join(changed),
             "choose another OUT, or replace it with `--overwrite`",
         )
-    if missing := [name for name in _read_json(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
+    if missing := [name for name in read_json(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
         raise LoftqError(f"`{out}` is finished, but `{missing[0]}` is gone", "make it again with `--overwrite`")
     return True
 
@@ -254,22 +260,29 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
 
 def remove_outputs(out: Path) -> None:
     """Remove the files that an earlier run wrote in `out`, finished or not, and nothing else."""
-    report = _read_json(out / REPORT_FILE)
-    header = _read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
-    listed = [*(header[0]["planned"] if header else []), *report.get("files", {}), *report.get("side_files", [])]
+    report = read_json(out / REPORT_FILE)
+    header = read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
+    listed = [*(header[0]["planned"] if header else []), *(written_files(report) if "files" in report else [])]
     # a report may come from anywhere: no name of its may lead out of the folder
-    names = [name for name in [*listed, "README.md", ADAPTER_CONFIG, REPORT_FILE] if _is_ours(out, name)]
-    for name in names if listed else []:
+    names = [name for name in listed if is_ours(out, name)]
+    for name in names:
         (out / name).unlink(missing_ok=True)
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for folder in {(out / name).parent for name in names} - {out}:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _is_ours(out: Path, name: object) -> bool:
+def written_files(report: Mapping[str, Any]) -> list[str]:
+    """Names of all files of a finished run, from its report."""
+    named = [*report.get("files", {}), *report.get("side_files", [])]
+    return [*named, CARD_FILE, CHART_FILE, ADAPTER_CONFIG, REPORT_FILE]
+
+
+def is_ours(out: Path, name: object) -> bool:
+    """Whether a name can be that of a file which loftq writes: it does not lead out of `out`."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
     return (out / name).parent.resolve() in (out.resolve(), out.resolve() / "loftq_init")
@@ -277,24 +290,8 @@ def _is_ours(out: Path, name: object) -> bool:
 
 def finished_identity(out: Path) -> Identity | None:
     """The identity of a finished run in `out`, from its report; None when there is none."""
-    report = _read_json(out / REPORT_FILE)
+    report = read_json(out / REPORT_FILE)
     try:
         return Identity(report["version"], report["source"]["fingerprint"], report["config"])
     except (KeyError, TypeError):
         return None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; what a kill cut short is dropped."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

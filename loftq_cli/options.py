@@ -159,10 +159,23 @@ TrustRemoteCode = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+Evict = Annotated[
+    bool | None,
+    typer.Option(
+        "--evict/--no-evict",
+        help="Of a Hub id keep only a few shards on the disk, each deleted after use. \\[default: no]",
+        rich_help_panel=INPUT,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what loftq wrote in OUT.", rich_help_panel=OUTPUT)
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="REPO_ID", help="Then push to the Hub, as `loftq push` does.", rich_help_panel=OUTPUT),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make that repo private.", rich_help_panel=OUTPUT)]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.", rich_help_panel=OUTPUT),

@@ -281,3 +281,4 @@ class Outputs:
         with self._lock:
             self._pending.whole[file] = sha256
         self.commit()
+        self.plan.checkpoint.release(file)

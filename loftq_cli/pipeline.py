@@ -18,6 +18,7 @@ from loftq_cli.batches import compute_batch, load_batch, rehearse
 from loftq_cli.blocks import Measured, run_blocks
 from loftq_cli.calibration.text import Calibration
 from loftq_cli.card import model_card
+from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.files import copy_file, write_file
 from loftq_cli.checkpoint.loader import Loader, Loading, ahead
 from loftq_cli.checkpoint.reader import TensorInfo
@@ -30,6 +31,8 @@ from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.journal import (
     ADAPTER_CONFIG,
+    CARD_FILE,
+    CHART_FILE,
     REPORT_FILE,
     WORK_FOLDER,
     Identity,
@@ -53,7 +56,8 @@ from loftq_cli.plan import (
 )
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
-from loftq_cli.resume import check_disk, forget_lost
+from loftq_cli.resume import check_disk, forget_lost, refuse_source_as_out
+from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
 
@@ -69,6 +73,7 @@ def plan_quantize(model: str, config: QuantizeConfig, *, to_run: bool = False) -
     With `to_run` a GPU is got ready at the same time, by threads and memory that a library must not take unasked.
     """
     checkpoint = open_checkpoint(model, config.revision)
+    refuse_eviction(checkpoint, config)
     targets = find_targets(checkpoint, config.trust_remote_code)
     device = resolve_device(config.device)
     decided = config.model_copy(update={"device": str(device)})
@@ -119,25 +124,27 @@ def run_plan(
     """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share; `note` is told of the text."""
     if (calibration := prepare(plan, ranks.size) if plan.is_calibrated else None) is not None:
         note(told(calibration, plan.config.calibration))
-    identity = Identity(__version__, plan.checkpoint.fingerprint, identity_config(plan.config, calibration))
+    identified = identity(plan, calibration)
     device = torch.device(plan.config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
     progress = progress or (lambda name, size: None)
+    refuse_sharing(plan.config, ranks.size)
     if ranks.rank > 0:
-        return _follow(plan, out, identity, device, ranks, progress, calibration)
-    _refuse_source_as_out(plan, out)
-    if check_out(out, identity, resume, overwrite):
+        return _follow(plan, out, identified, device, ranks, progress, calibration)
+    refuse_source_as_out(plan, out)
+    if check_out(out, identified, resume, overwrite):
         ranks.tell(FINISHED)
         return read_finished(out)
-    check_disk(plan, out, already_bytes=_bytes_in(out))
-    with claimed(out, identity, resume, overwrite) as journal:
+    check_disk(plan, out)
+    with claimed(out, identified, resume, overwrite) as journal:
         if journal is None:
             ranks.tell(FINISHED)
             return read_finished(out)
         forget_lost(plan, out, journal)
-        journal.begin(identity, planned_files(plan))
+        journal.begin(identified, planned_files(plan))
+        plan = streamed(plan, out, journal)
         with Outputs(plan, out, journal, device, ranks=ranks.size) as outputs:
             ranks.tell(journal.number)
             measured = run_steps(plan, outputs, device, ranks, progress, calibration)
@@ -269,7 +276,8 @@ def finish(
     if calibration is not None and measured is not None:
         report["config"]["calibration_tokens"] = describe(calibration)["sha256"]
         report["calibration"] = {**describe(calibration), **asdict(measured)}
-    write_file(out / "README.md", model_card(plan, report).encode())
+    write_file(out / CHART_FILE, error_chart(report).encode())
+    write_file(out / CARD_FILE, model_card(plan, report).encode())
     write_file(out / REPORT_FILE, _json_bytes(report))
     journal.remove()
     return report
@@ -280,21 +288,13 @@ def read_finished(out: Path) -> dict[str, Any]:
     return json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
 
 
-def _refuse_source_as_out(plan: Plan, out: Path) -> None:
-    source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
-    if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
-        raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")
-
-
-def identity_config(config: QuantizeConfig, calibration: Calibration | None) -> dict[str, Any]:
-    """The configuration as the journal holds it: the device by its kind, and calibration by its tokens."""
+def identity(plan: Plan, calibration: Calibration | None) -> Identity:
+    """What a run is known by, in its journal and in caches: the device by its kind, and calibration by its tokens."""
     tokens = {"calibration_tokens": describe(calibration)["sha256"]} if calibration is not None else {}
-    return {**config.model_dump(mode="json"), "device": torch.device(config.device).type, **tokens}
+    device = torch.device(plan.config.device).type
+    config = {**plan.config.model_dump(mode="json"), "device": device, **tokens}
+    return Identity(__version__, plan.checkpoint.fingerprint, config)
 
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

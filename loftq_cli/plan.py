@@ -29,7 +29,7 @@ from loftq_cli.jobs import (
     refuse_misfits,
     refuse_ragged_groups,
 )
-from loftq_cli.journal import ADAPTER_CONFIG, REPORT_FILE
+from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, CHART_FILE, REPORT_FILE
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
@@ -225,7 +225,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
 
 def planned_files(plan: Plan) -> list[str]:
     """Names of all files that the run writes in OUT."""
-    names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", "README.md"]
+    names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json"]
+    names += [CARD_FILE, CHART_FILE]
     names += [INDEX_FILE] if plan.checkpoint.index is not None else []
     names += plan.remote_code.files if plan.remote_code else ()
     return [*names, *plan.checkpoint.side_files, REPORT_FILE]

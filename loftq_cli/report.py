@@ -25,6 +25,8 @@ from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
 SCHEMA = 2
+REWRITTEN = ("base_model_name_or_path", "revision")  # in adapter_config.json, by a push
+PLACEHOLDER = "PATH_OR_HUB_ID_OF_THIS_FOLDER"  # in the load lines of a card, until a push knows better
 STAGES = ("total", "read", "text", "quantize", "low_rank", "train", "write")  # text: running it through the model
 
 
@@ -65,7 +67,7 @@ def build_report(
             "imports": list(load_imports(plan.format)),
         },
         # all but what a push rewrites
-        "adapter_config": {k: v for k, v in adapter_config.items() if k != "base_model_name_or_path"},
+        "adapter_config": {k: v for k, v in adapter_config.items() if k not in REWRITTEN},
         "totals": {
             **plan_totals(plan),
             "relative_error": pooled((row["relative_error"], row["norm"]) for row in rows),
@@ -236,17 +238,18 @@ def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, st
     return [(reason, count, first[reason]) for reason, count in counts.most_common()]
 
 
-def load_lines(report: Mapping[str, Any], folder: str) -> list[str]:
-    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id."""
+def load_lines(report: Mapping[str, Any], folder: str, revision: str | None = None) -> list[str]:
+    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id, at a branch of it."""
     auto_class, place = report["load"]["auto_class"], json.dumps(folder, ensure_ascii=False)
     remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] else ""
+    branch = f", revision={json.dumps(revision)}" if revision else ""
     return [
         *(f"import {name}" for name in report["load"].get("imports", ())),
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
-        f"base = {auto_class}.from_pretrained({place}{remote})",
-        f'model = PeftModel.from_pretrained(base, {place}, subfolder="loftq_init", is_trainable=True)',
+        f"base = {auto_class}.from_pretrained({place}{branch}{remote})",
+        f'model = PeftModel.from_pretrained(base, {place}{branch}, subfolder="loftq_init", is_trainable=True)',
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loftq_cli.checkpoint.reader import TensorInfo, read_header, read_tensor
+from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
@@ -84,7 +85,7 @@ def adapter_names(batch: WeightBatch) -> list[str]:
     return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]
 
 
-def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
+def check_disk(plan: Plan, out: Path) -> None:
     """Refuse when the file system of `out` lacks room for what is still to be written.
 
     Raises:
@@ -92,10 +93,20 @@ def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
     """
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
-    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20) - already_bytes
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20)
+    if plan.config.evict:
+        needed += KEPT * max(plan.checkpoint.file_sizes[file] for file in plan.checkpoint.files)
+    needed -= sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise LoftqError(
             f"`{out}` needs {needed / 2**30:.2f} GiB, and only {free / 2**30:.2f} GiB are free on its disk",
             "free some space, or choose an OUT on another disk",
         )
+
+
+def refuse_source_as_out(plan: Plan, out: Path) -> None:
+    """Refuse to write where the model lies."""
+    source, target = Path(plan.checkpoint.model).expanduser(), out.resolve()
+    if source.is_dir() and (source.resolve() == target or target in source.resolve().parents):
+        raise LoftqError(f"OUT `{out}` holds the MODEL itself", "choose another folder as OUT")

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal as size
 
+from loftq_cli import push as pushing
 from loftq_cli import verify as verification
+from loftq_cli.card import with_perplexity
+from loftq_cli.checkpoint.files import read_json, write_file
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
-from loftq_cli.journal import REPORT_FILE, WORK_FOLDER
+from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.page import page
 from loftq_cli.pipeline import plan_quantize
+from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
     error_columns,
     in_figures,
@@ -43,10 +47,10 @@ SHOWN = 20  # violations
 SHOWN_BLOCKS = 6  # evenly from the first to the last
 
 
-def plan(output: Out, plan: Plan, out: Path | None) -> None:
-    """What would be done."""
+def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> None:
+    """What would be done; `key` is that of the result, for caches."""
     summary = plan_summary(plan)
-    output.data(summary)
+    output.data({**summary, "key": key} if key else summary)
     totals, config = summary["totals"], plan.config
     rows = [
         (group.kind, str(group.weights), group.shapes, f"{group.parameters:,}", group.bits)
@@ -73,9 +77,12 @@ def bar(plan: Plan, processes: int) -> tuple[str, int]:
     return "calibrating", plan.weight_bytes * (3 if plan.config.finish_epochs else 1)
 
 
-def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None = None) -> None:
+def report(
+    output: Out, report: Mapping[str, Any], out: Path, source: str | None = None, pushed: Pushed | None = None
+) -> None:
     """What was done, measured, and what to type next."""
-    output.data({key: value for key, value in report.items() if key != "weights"})
+    sent = {"push": asdict(pushed)} if pushed else {}
+    output.data({**{key: value for key, value in report.items() if key != "weights"}, **sent})
     totals, config = report["totals"], report["config"]
     fields = error_columns(config)
     rows = [
@@ -133,6 +140,56 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
         )
     check = shlex.join(["loftq", "verify", str(out), "--source", source or report["source"]["model"]])
     output.result(f"\nCheck it:\n\n  {check}")
+
+
+def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
+    """Refuse before a run what would keep its output from being pushed."""
+    pushing.open_repo(repo_id, private, None, read_json(out / REPORT_FILE).get("files", {}), output.note)
+
+
+def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
+    """Push what was made, and report both; where the push fails, what was made."""
+    output.note(f"pushing to {repo_id}")
+    pushed = None
+    try:
+        pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
+    finally:
+        report(output, made, out, source, pushed)
+    _pushed(output, pushed, made)
+
+
+def push(
+    output: Out,
+    out: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    dry_run: bool,
+) -> None:
+    """Push, or with `dry_run` say what would be."""
+    output.note(f"checking `{out}` against its report")
+    parcel = pushing.pack(out, repo_id, revision)
+    if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
+        output.note(f"not from loftq, so it stays here: {', '.join(left)}")
+    if dry_run:
+        output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
+        rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
+        rows.append(("all", f"{parcel.total_bytes:,}"))
+        output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
+        return
+    pushed = pushing.push(parcel, private=private, message=message, note=output.note)
+    output.data(asdict(pushed))
+    _pushed(output, pushed, parcel.report)
+
+
+def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
+    gone = f"; {len(pushed.deleted)} of an earlier push removed" if pushed.deleted else ""
+    load = "\n".join(
+        f"  {line}" if line else "" for line in load_lines(report, pushed.repo_id, branch_of(pushed.revision))
+    )
+    output.result(f"{len(pushed.files)} files, {size(pushed.bytes)}, are on {pushed.url}{gone}\n\n{load}")
 
 
 def inspect(output: Out, target: str, html: Path | None) -> None:
@@ -195,8 +252,9 @@ def merge(output: Out, out: Path, dest: Path) -> None:
     )
 
 
-def perplexity(output: Out, out: Path, text: Path, source: str | None, **options: Any) -> None:
-    """Measure and print perplexities; `options` are those of `evaluate`."""
+def perplexity(output: Out, out: Path, text: Path, source: str | None, card: bool, **options: Any) -> None:
+    """Measure and print perplexities, and with `card` put them there; `options` are those of `evaluate`."""
+    before = (out / CARD_FILE).read_text(encoding="utf-8") if card else ""
     measured = evaluate(out, text, source, progress=output.progress, **options)
     for note in measured.notes:
         output.warning(note)
@@ -208,6 +266,9 @@ def perplexity(output: Out, out: Path, text: Path, source: str | None, **options
     columns = (("model", "left"), ("nats per token", "right"), ("perplexity", "right"))
     output.table(f"{out} on {text}", columns, rows)
     output.result(measured.protocol)
+    if card:
+        write_file(out / CARD_FILE, with_perplexity(before, measured, text.name).encode())
+        output.note(f"wrote it to `{out / CARD_FILE}`")
 
 
 def _skips(output: Out, skipped: Sequence[Mapping[str, str]]) -> None:

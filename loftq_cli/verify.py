@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, from_store
-from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
+from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.quantizers.base import QuantizedWeight
-from loftq_cli.report import SCHEMA, base_fingerprint, pooled
+from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
 from loftq_cli.worker import hash_tensor, relative
 
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
@@ -70,7 +71,7 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     report = read_report(out)
     violations = check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
     violations += _check_all_tensors(out, report)
-    violations += _check_totals(report)
+    violations += _check_totals(report) + _check_chart(out, report)
     if source is None:
         return Verdict(len(report["files"]), 0, None, tuple(violations))
     checkpoint = open_checkpoint(source, None if Path(source).is_dir() else report["source"]["revision"])
@@ -118,6 +119,14 @@ def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo]) 
         elif hash_tensor(read_tensor(out / info.file, info)) != expected:
             violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
     return violations
+
+
+def _check_chart(out: Path, report: dict[str, Any]) -> list[str]:
+    """The chart must draw the rows."""
+    path = out / CHART_FILE
+    if not path.is_file():
+        return [f"`{CHART_FILE}` is missing"]
+    return [] if path.read_bytes() == error_chart(report).encode() else [f"`{CHART_FILE}` does not draw the errors"]
 
 
 def _check_totals(report: dict[str, Any]) -> list[str]:
@@ -168,7 +177,7 @@ def check_adapter(out: Path, report: dict[str, Any]) -> list[str]:
     except (OSError, ValueError) as error:
         return [*violations, f"`{config_file}` cannot be read: {error}"]
     expected = report["adapter_config"]
-    for key in sorted({*expected, *adapter} - {"base_model_name_or_path"}):
+    for key in sorted({*expected, *adapter} - {*REWRITTEN}):
         if adapter.get(key) != expected.get(key):
             violations.append(f"`{config_file}`: `{key}` is {adapter.get(key)!r}, written was {expected.get(key)!r}")
     return violations

@@ -1,4 +1,4 @@
-"""A loopback Hub for tests: the read routes that huggingface_hub uses, over local folders.
+"""A loopback Hub for tests: the read routes that huggingface_hub uses, over local folders; hub_writes.py adds writing.
 
     with HubServer() as hub:
         commit = hub.add("org/name", folder)
@@ -55,13 +55,14 @@ class Cut:
 class HubServer:
     """Serves until the `with` block ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, handler: type[BaseHTTPRequestHandler] | None = None) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.bytes_served: Counter[str] = Counter()  # of file contents, by file name
         self.cuts: dict[str, Cut] = {}
         self.fail_with: int | None = None  # answer everything with this status
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.on_download: Callable[[str], None] | None = None  # called before a whole large file is sent
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler or Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
         self._port = self._server.server_address[1]
@@ -106,20 +107,21 @@ class HubServer:
         self.bytes_served.clear()
         self.cuts.clear()
         self.fail_with = None
+        self.on_download = None
 
 
-class _Refusal(Exception):
+class Refusal(Exception):
     """An error answer: status, the Hub's error code, a message."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._route()
+        self.route()
 
     def do_HEAD(self) -> None:
-        self._route()
+        self.route()
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -132,78 +134,86 @@ class _Handler(BaseHTTPRequestHandler):
     def authorized(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def _route(self) -> None:
+    def routes(self) -> dict[str, Callable[..., None]]:
+        return ROUTES
+
+    def before(self) -> None:
+        """What comes before any route."""
+
+    def route(self) -> None:
         asked = Request(self.command, self.path, self.headers.get("Range"), "Authorization" in self.headers)
         self.hub.requests.append(asked)
         try:
+            self.before()
             if self.hub.fail_with:
-                raise _Refusal(self.hub.fail_with, "", "something broke")
-            for pattern, handler in _ROUTES.items():
+                raise Refusal(self.hub.fail_with, "", "something broke")
+            for pattern, handler in self.routes().items():
                 if match := re.fullmatch(pattern, urlsplit(self.path).path):
                     return handler(self, **{name: unquote(value or "") for name, value in match.groupdict().items()})
-            raise _Refusal(404, "", f"no route {self.path}")
-        except _Refusal as refusal:
-            status, code, message = refusal.args
-            headers = {"X-Error-Code": code, "X-Error-Message": message}
-            self._answer(status, json.dumps({"error": message}).encode(), headers)
+            raise Refusal(404, "", f"no route {self.path}")
+        except Refusal as refusal:
+            status, code, message, *more = refusal.args
+            headers = {**(more[0] if more else {}), "X-Error-Code": code, "X-Error-Message": message}
+            self.answer(status, json.dumps({"error": message}).encode(), headers)
 
-    def _commit(self, repo_id: str, revision: str, files: bool = False) -> tuple[Repo, str, Path]:
+    def commit(self, repo_id: str, revision: str, files: bool = False) -> tuple[Repo, str, Path]:
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self.authorized):
-            raise _Refusal(404, "RepoNotFound", "Repository not found")
+            raise Refusal(404, "RepoNotFound", "Repository not found")
         if files and repo.gated and not self.authorized:
-            raise _Refusal(401, "GatedRepo", f"Access to model {repo_id} is restricted")
+            raise Refusal(401, "GatedRepo", f"Access to model {repo_id} is restricted")
         commit = repo.refs.get(revision, revision)
         if commit not in repo.commits:
-            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, commit, repo.commits[commit]
 
     def _model_info(self, repo: str, revision: str = "main") -> None:
-        found, commit, folder = self._commit(repo, revision)
-        siblings: list[dict[str, Any]] = [{"rfilename": file} for file in _files(folder)]
+        found, commit, folder = self.commit(repo, revision)
+        siblings: list[dict[str, Any]] = [{"rfilename": file} for file in files_in(folder)]
         if "blobs=" in self.path:
-            siblings = [{"rfilename": file, "size": path.stat().st_size} for file, path in _files(folder).items()]
+            siblings = [{"rfilename": file, **_described(file, path)} for file, path in files_in(folder).items()]
         info = {"id": repo, "modelId": repo, "sha": commit, "private": found.private, "gated": found.gated}
-        self._json({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+        self.json({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def _tree(self, repo: str, revision: str, under: str) -> None:
-        _, _, folder = self._commit(repo, revision)
-        files = {file: path for file, path in _files(folder).items() if file.startswith(under)}
+        _, _, folder = self.commit(repo, revision)
+        files = {file: path for file, path in files_in(folder).items() if file.startswith(under)}
         if not files:
-            raise _Refusal(404, "EntryNotFound", f"{under} does not exist")
-        oids = [(file, path.stat().st_size, _etag(path)) for file, path in files.items()]
-        self._json([{"type": "file", "path": file, "size": size, "oid": oid} for file, size, oid in oids])
+            raise Refusal(404, "EntryNotFound", f"{under} does not exist")
+        self.json([{"type": "file", "path": file, **_described(file, path)} for file, path in files.items()])
 
     def _resolve(self, repo: str, revision: str, file: str) -> None:
-        _, commit, folder = self._commit(repo, revision, files=True)
+        _, commit, folder = self.commit(repo, revision, files=True)
         path = folder / file
         if not path.is_file():
-            raise _Refusal(404, "EntryNotFound", "Entry not found")
+            raise Refusal(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(path)}"'}
         if not file.endswith(".safetensors"):
             return self._file(path, headers)
         headers |= {"X-Linked-Size": str(path.stat().st_size), "X-Linked-Etag": headers["ETag"]}
         headers["Location"] = f"{self.hub.storage}/storage/{repo}/{commit}/{file}"
-        return self._answer(302, b"", headers)
+        return self.answer(302, b"", headers)
 
     def _storage(self, repo: str, commit: str, file: str) -> None:
+        if self.hub.on_download and "Range" not in self.headers:
+            self.hub.on_download(file)
         self._file(self.hub.repos[repo].commits[commit] / file, {})
 
     def _file(self, path: Path, headers: dict[str, str]) -> None:
         content = path.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
-            return self._answer(200, content, headers, path.name)
+            return self.answer(200, content, headers, path.name)
         begin, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
         if begin >= len(content):
-            raise _Refusal(416, "", "range beyond the end")
+            raise Refusal(416, "", "range beyond the end")
         headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
-        return self._answer(206, content[begin:end], headers, path.name)
+        return self.answer(206, content[begin:end], headers, path.name)
 
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def json(self, value: Any) -> None:
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str], file: str | None = None) -> None:
+    def answer(self, status: int, body: bytes, headers: dict[str, str], file: str | None = None) -> None:
         self.send_response(status)
         for name, value in {"Accept-Ranges": "bytes", **headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -220,18 +230,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.bytes_served[file] += len(body)
 
 
-_REPO, _REVISION, _FILE = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"(?P<file>.+)"
-_ROUTES: dict[str, Callable[..., None]] = {
-    rf"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<under>.*))?": _Handler._tree,
-    rf"/api/models/{_REPO}/revision/{_REVISION}": _Handler._model_info,
-    rf"/api/models/{_REPO}": _Handler._model_info,
-    rf"/storage/{_REPO}/(?P<commit>[0-9a-f]{{40}})/{_FILE}": _Handler._storage,
-    rf"/{_REPO}/resolve/{_REVISION}/{_FILE}": _Handler._resolve,
+REPO, REVISION, FILE = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"(?P<file>.+)"
+ROUTES: dict[str, Callable[..., None]] = {
+    rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<under>.*))?": Handler._tree,
+    rf"/api/models/{REPO}/revision/{REVISION}": Handler._model_info,
+    rf"/api/models/{REPO}": Handler._model_info,
+    rf"/storage/{REPO}/(?P<commit>[0-9a-f]{{40}})/{FILE}": Handler._storage,
+    rf"/{REPO}/resolve/{REVISION}/{FILE}": Handler._resolve,
 }
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_in(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _described(file: str, path: Path) -> dict[str, Any]:
+    size, sha256 = path.stat().st_size, _etag(path)
+    large = (
+        {"lfs": {"size": size, "sha256": sha256, "oid": sha256, "pointerSize": 130}}
+        if file.endswith(".safetensors")
+        else {}
+    )
+    return {"size": size, "oid": sha256[:40], "blobId": sha256[:40], **large}
 
 
 def _etag(path: Path) -> str:

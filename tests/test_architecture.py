@@ -58,7 +58,7 @@ def test_imports_follow_the_layers(path: Path) -> None:
             assert any(name == allowed or name.startswith(allowed + ".") for allowed in OWN[folder]), name
         elif name.split(".")[0] not in sys.stdlib_module_names:
             assert name.split(".")[0] in FOREIGN[folder], name
-            assert "huggingface_hub" not in name or path.name == "source.py"
+            assert "huggingface_hub" not in name or path.name == "hub.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -103,9 +103,14 @@ def test_every_row_is_what_a_plain_loop_gives(format: str, model: Path, text: Pa
     out = tmp_path / "out"
     bits = 4 if format == "bnb" else 2
     quantize(model, out, bits=bits, format=format, rank=8, iters=1, device="cpu")
-    ran = loftq("eval", out, "--text", text, "--source", model, "--seqlen", SEQLEN, "--device=cpu", "--json")
+    flags = ["--seqlen", SEQLEN, "--device=cpu", "--json", "--card"]
+    ran = loftq("eval", out, "--text", text, "--source", model, *flags)
     assert ran.exit_code == 0, ran.stderr
     told = json.loads(ran.stdout)
+    card = (out / "README.md").read_text()
+    assert "## Perplexity on `text.txt`" in card
+    for row in told["rows"]:
+        assert f"| {row['name']} | {row['nll']:.4f} | {row['perplexity']:.6g} |" in card
     assert told.keys() == {"tokens", "windows", "seqlen", "protocol", "rows", "notes"}
     assert told["notes"] == []
     rows = {row["name"]: row for row in told["rows"]}

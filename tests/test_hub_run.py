@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ OPTIONS = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu", "--format=dense"
 
 
 @pytest.fixture(scope="module")
-def hub(sharded_llama: Path) -> Iterator[HubServer]:
+def hub(sharded_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     with HubServer() as server:
-        server.add("org/llama", sharded_llama)
+        model = Path(shutil.copytree(sharded_llama, tmp_path_factory.mktemp("served") / "llama"))
+        (model / "README.md").write_text("---\nlicense: mit\n---\n")
+        server.add("org/llama", model)
         yield server
 
 
@@ -45,6 +48,9 @@ def test_dry_run_reads_headers_only_and_a_run_verifies(hub: HubServer, sharded_l
     assert len(report["source"]["revision"]) == 40
     for key in ("weights", "parameters", "bits_per_weight", "base_bytes", "adapter_bytes"):
         assert report["totals"][key] == json.loads(planned.stdout)["totals"][key]
+    card = (out / "README.md").read_text()
+    assert "\nbase_model: org/llama\nbase_model_relation: quantized\n" in card
+    assert "\nlicense: mit\n" in card
     checked = loftq(hub, home, "verify", out, "--source", "org/llama")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "14 weights recomputed" in checked.stdout

@@ -77,8 +77,8 @@ POINTS = [
     ("pipeline.write_file", 1, "after", 0),
     ("pipeline.copy_file", 1, "before", 0),
     ("pipeline.write_file", 3, "after", 0),
-    ("pipeline.write_file", 5, "before", 0),  # the report: all but it is there
-    ("pipeline.write_file", 5, "after", 0),  # the journal is still there
+    ("pipeline.write_file", 6, "before", 0),  # the report: all but it is there
+    ("pipeline.write_file", 6, "after", 0),  # the journal is still there
 ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loftq_cli import quantize
+from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.errors import LoftqError
 from loftq_cli.verify import verify
@@ -89,6 +90,8 @@ def test_a_wrong_report(out: Path, tiny_llama: Path) -> None:
     edit(out / "loftq_report.json", better)
     found(out, "totals.relative_error")
     edit(out / "loftq_report.json", lambda report: report["totals"].update(relative_error=_pool(report)))
+    found(out, "loftq_errors.svg")
+    (out / "loftq_errors.svg").write_text(error_chart(json.loads((out / "loftq_report.json").read_text())))
     assert verify(out).violations == ()  # consistent with itself: only the source can tell
     found(out, name, "relative_error", source=tiny_llama)
 

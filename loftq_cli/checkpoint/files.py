@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loftq_cli.checkpoint.reader import CHUNK_BYTES
 from loftq_cli.errors import LoftqError
@@ -30,6 +32,23 @@ def hash_file(path: Path) -> str:
     for chunk in _chunks(path):
         sha.update(chunk)
     return sha.hexdigest()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON of the whole lines of a file; what a kill cut short is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _replace_whole(path: Path, chunks: Iterable[bytes]) -> str:

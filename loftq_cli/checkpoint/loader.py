@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Loader:
         self._pool = ThreadPoolExecutor(GPU_THREADS if self.stream else CPU_THREADS, "loftq-read")
         self._own = threading.local()
         self._files: dict[Path, FileIO] = {}
+        self._under_way: Counter[Path] = Counter()  # pieces
+        self._lock = threading.Lock()
 
     def load(self, tensors: Sequence[tuple[Path, TensorInfo]], device: torch.device | None = None) -> Loading:
         """Begin to read tensors of one shape and dtype from files, onto `device` if not onto the loader's own."""
@@ -71,10 +74,13 @@ class Loader:
             target = torch.empty((len(tensors), *info.shape), dtype=info.dtype, device=device or self.device)
         flat = target.view(len(tensors), -1).view(torch.uint8)
         pieces = []
+        self._close_all_but({path for path, _ in tensors})
         for row, (path, one) in zip(flat, tensors, strict=True):
             if path not in self._files:
                 self._files[path] = open_file(path)
             for begin in range(0, one.nbytes, PIECE_BYTES):
+                with self._lock:
+                    self._under_way[path] += 1
                 pieces.append(self._pool.submit(self._piece, path, one, begin, row[begin : begin + PIECE_BYTES]))
         return Loading(target, pieces)
 
@@ -84,7 +90,22 @@ class Loader:
         for file in self._files.values():
             file.close()
 
+    def _close_all_but(self, needed: set[Path]) -> None:
+        """Close files that nothing is being read from: one that is deleted takes its room until it is closed."""
+        with self._lock:
+            for path in [path for path in self._files if path not in needed and not self._under_way[path]]:
+                self._files.pop(path).close()
+
     def _piece(self, path: Path, info: TensorInfo, begin: int, target: Tensor) -> tuple[float, torch.cuda.Event | None]:
+        try:
+            return self._read_piece(path, info, begin, target)
+        finally:
+            with self._lock:
+                self._under_way[path] -= 1
+
+    def _read_piece(
+        self, path: Path, info: TensorInfo, begin: int, target: Tensor
+    ) -> tuple[float, torch.cuda.Event | None]:
         start, descriptor = time.perf_counter(), self._files[path].fileno()
         if self.stream is None or not target.is_cuda:
             read_at(descriptor, target.numpy().data, path, info, begin)

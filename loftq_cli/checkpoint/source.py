@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.reader import Header, TensorInfo, header_bytes, parse_header, read_header, sample_hash
+from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id, near_folders
+from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header, sample_hash
 from loftq_cli.checkpoint.selection import check_index, choose_side_files, choose_weights, refuse_quantized
+from loftq_cli.checkpoint.streamed import Streamed
 from loftq_cli.errors import ConfigError, LoftqError
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
-_FIRST_RANGE_BYTES = 100_000  # holds nearly every header whole: one request a shard
+README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Checkpoint:
         side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code.
         metadata: the `__metadata__` of each safetensors file.
         fingerprint: sha256 over config.json, all headers, the sizes and the commit; no tensor is read for it.
+        readme: the content of README.md, the model card; empty where there is none.
     """
 
     model: str
@@ -51,11 +49,17 @@ class Checkpoint:
     side_files: tuple[str, ...]
     metadata: dict[str, dict[str, str]]
     fingerprint: str
-    place: Folder | HubCommit = field(repr=False)
+    readme: str
+    place: Folder | HubCommit | Streamed = field(repr=False)
 
     def path(self, file: str) -> Path:
         """The local path of one file; that of a Hub id is downloaded now, unless it is in the cache."""
         return self.place.path(file)
+
+    def release(self, file: str) -> None:
+        """Learn that a file is not needed any more; what was fetched for this run alone is deleted."""
+        if isinstance(self.place, Streamed):
+            self.place.release(file)
 
     @property
     def is_local(self) -> bool:
@@ -83,41 +87,6 @@ class Folder:
     def header(self, file: str) -> Header:
         """The header of one safetensors file."""
         return read_header(self.path(file))
-
-
-@dataclass(frozen=True)
-class HubCommit:
-    """One commit of a model on the Hub."""
-
-    model: str
-    revision: str
-    sizes: dict[str, int]
-
-    def path(self, file: str) -> Path:
-        """The path of one file in the cache, downloaded if need be."""
-        from huggingface_hub import hf_hub_download
-
-        with _hub_errors(self.model, self.revision, self.sizes.get(file, 0)):
-            return Path(hf_hub_download(self.model, file, revision=self.revision))
-
-    def header(self, file: str) -> Header:
-        """The header of one safetensors file, and no more of it."""
-        size = self.sizes[file]
-        with _hub_errors(self.model, self.revision):
-            raw = self._range(file, 0, min(size, _FIRST_RANGE_BYTES)) if size else b""
-            length = header_bytes(raw, file, size)
-            raw += self._range(file, len(raw), length) if length > len(raw) else b""
-        return parse_header(raw[:length], file, size)
-
-    def _range(self, file: str, begin: int, end: int) -> bytes:
-        from huggingface_hub import constants, hf_hub_url, hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers, http_backoff  # type: ignore[attr-defined]
-
-        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
-        url, timeout = hf_hub_url(self.model, file, revision=self.revision), constants.HF_HUB_DOWNLOAD_TIMEOUT
-        response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=3)
-        hf_raise_for_status(response)
-        return response.content if response.status_code == 206 else response.content[begin:end]
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -149,6 +118,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         side_files=side_files,
         metadata={file: header.metadata for file, header in headers.items()},
         fingerprint=_fingerprint(place, headers),
+        readme=place.path(README).read_text(encoding="utf-8", errors="replace") if README in place.sizes else "",
         place=place,
     )
 
@@ -167,9 +137,10 @@ def _find(model: str, revision: str | None) -> Folder | HubCommit:
         return _folder(folder, None)
     if is_there:
         raise LoftqError(f"`{model}` is a file", f"give the folder that holds it: `{folder.parent}`")
-    if not _is_repo_id(model):
-        raise LoftqError(f"no such folder: `{model}`", _near_folders(folder) or "a Hub id looks like `org/name`")
-    return _find_on_hub(model, revision)
+    if not is_repo_id(model):
+        raise LoftqError(f"no such folder: `{model}`", near_folders(folder) or "a Hub id looks like `org/name`")
+    found = find_on_hub(model, revision)
+    return _folder(found, found.name) if isinstance(found, Path) else found
 
 
 def _folder(folder: Path, revision: str | None) -> Folder:
@@ -177,107 +148,6 @@ def _folder(folder: Path, revision: str | None) -> Folder:
         return Folder(folder, revision, {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
     except OSError as error:
         raise LoftqError(f"cannot read `{folder}`: {error.strerror or error}") from error
-
-
-def _find_on_hub(model: str, revision: str | None) -> Folder | HubCommit:
-    from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    with _hub_errors(model, revision):
-        try:
-            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=timeout)
-        except OfflineModeIsEnabled:
-            return _find_in_cache(model, revision)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
-        if "config.json" in sizes:
-            # by branch name, so that the cache learns which commit the branch is at and later works offline
-            hf_hub_download(model, "config.json", revision=revision)
-    return HubCommit(model, str(info.sha), sizes)
-
-
-def _find_in_cache(model: str, revision: str | None) -> Folder:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        snapshot = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        # whether the files that matter are there shows later; here a missing README is enough for the error
-        snapshot = Path(getattr(error, "snapshot_path", ""))
-        if not snapshot.name:
-            at = f" at revision `{revision}`" if revision else ""
-            raise LoftqError(
-                f"`{model}`{at} is not in the cache, and HF_HUB_OFFLINE keeps the Hub away",
-                f"unset HF_HUB_OFFLINE, or download it first: `hf download {model}`",
-            ) from error
-    return _folder(snapshot, snapshot.name)
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str | None, file_bytes: int = 0) -> Iterator[None]:
-    """Turn what the Hub client raises into sentences; its own texts can hold signed URLs, so they are not repeated."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    # HTTPError is that of the client's HTTP library, whichever it uses; older hf_xet raise RuntimeError
-    except (OSError, RuntimeError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError)) as error:  # type: ignore[attr-defined]
-        raise _sentence(error, model, revision, file_bytes) from error
-
-
-def _sentence(error: Exception, model: str, revision: str | None, file_bytes: int) -> LoftqError:
-    from huggingface_hub import constants, errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{model}"
-        return LoftqError(f"`{model}` is gated", f"accept its terms on {page}, then log in: `hf auth login`")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return LoftqError(f"`{model}` has no revision `{revision}`", "give a branch, a tag or a full commit hash")
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        near = _near_folders(Path(model))
-        return LoftqError(
-            f"`{model}` is neither a folder here nor a model that the Hub shows you",
-            "check the name; if the model is private, log in: `hf auth login`" + (f"; {near}" if near else ""),
-        )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return LoftqError(f"the Hub lost a file of `{model}` at `{revision}`", "try again")
-    if status is not None:
-        return LoftqError(f"the Hub answered {status} for `{model}`", "try again in a few minutes")
-    number, cache = getattr(error, "errno", None), Path(constants.HF_HUB_CACHE)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-        return LoftqError(
-            f"the disk of `{cache}` is full: a file of `{model}` takes {file_bytes} bytes, {free} are free",
-            "free the space, or set HF_HOME to a folder on another disk",
-        )
-    if number is not None and not isinstance(error, ConnectionError):
-        return LoftqError(f"cannot use the cache `{cache}`: {os.strerror(number)}", "set HF_HOME to a folder of yours")
-    return LoftqError(
-        f"cannot reach {constants.ENDPOINT} for `{model}` ({type(error).__name__})",
-        "check the connection and try again; HF_HUB_OFFLINE=1 uses what is in the cache",
-    )
-
-
-def _is_repo_id(model: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _near_folders(folder: Path) -> str:
-    try:
-        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(folder.name, names)
-    return "did you mean " + " or ".join(f"`{folder.parent / name}`" for name in near) + "?" if near else ""
 
 
 def _read_json(place: Folder | HubCommit, file: str) -> dict[str, Any]:

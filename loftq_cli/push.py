@@ -1,0 +1,222 @@
+"""Base, adapter and card to the Hub: what travels, what of it must name the repo, and what stands in the way there.
+
+`upload_folder` does the sending, from a folder of links beside the few files that are written anew for the Hub. What
+the Hub has already is not sent again, so that a push that broke off is finished by the same command.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.files import read_json
+from loftq_cli.checkpoint.hub import is_repo_id
+from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, is_ours, written_files
+from loftq_cli.patience import Note, patiently, sentences
+from loftq_cli.report import PLACEHOLDER, load_lines
+from loftq_cli.verify import read_report, verify
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is to be uploaded: the files of `out` by name with their bytes, of which `rewritten` are not as they lie."""
+
+    out: Path
+    repo_id: str
+    revision: str | None
+    report: dict[str, Any]
+    files: dict[str, int]
+    rewritten: dict[str, bytes]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What became of it: the commit that the branch now stands at, and what an earlier push had left there."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    url: str
+    files: dict[str, int]
+    bytes: int
+    deleted: tuple[str, ...]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repo.
+
+    Raises:
+        ConfigError: it is none, or lacks its owner.
+    """
+    if not is_repo_id(repo_id) or "/" not in repo_id:
+        raise ConfigError(f"`{repo_id}` is not a Hub id", "give owner and name, such as `you/model-2bit`")
+
+
+def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
+    """Check `out` and decide what travels; nothing is asked of the Hub.
+
+    Raises:
+        LoftqError: `out` is unfinished, or not what its report says.
+    """
+    check_repo_id(repo_id)
+    report = read_report(out)
+    if violations := verify(out).violations:
+        more = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
+        raise LoftqError(
+            f"`{out}` is not what loftq wrote: {violations[0]}{more}",
+            f"see `loftq verify {out}`; make it again with `--overwrite`",
+        )
+    names = written_files(report)
+    if outside := [name for name in names if not is_ours(out, name)]:
+        raise LoftqError(f"`{out / REPORT_FILE}` names `{outside[0]}`, which is not in the folder")
+    if missing := [name for name in names if not (out / name).is_file()]:
+        raise LoftqError(f"`{out / missing[0]}` is gone", "put it back, or make the folder again with `--overwrite`")
+    rewritten = _rewritten(out, repo_id, revision, report)
+    files = {name: len(rewritten[name]) if name in rewritten else (out / name).stat().st_size for name in names}
+    return Parcel(out, repo_id, revision, report, files, rewritten)
+
+
+def open_repo(repo_id: str, private: bool, revision: str | None, known: Mapping[str, str], note: Note) -> set[str]:
+    """Make the repo and its branch, or find that they may be written to; returns what earlier pushes put there.
+
+    Args:
+        repo_id: owner and name.
+        private: make it private; one that is there must be so already.
+        revision: a branch, made if need be; or a pull request, `refs/pr/N`, that is there.
+        known: sha256 by name of files that may be there, because a push that broke off has put them there.
+        note: is told of what takes longer.
+
+    Raises:
+        LoftqError: no token, no permission, or a repo that holds another model or is public against `private`.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    check_repo_id(repo_id)
+    owner = repo_id.partition("/")[0]
+    if get_token() is None:
+        raise LoftqError(
+            "there is no token for the Hub", f"log in with one that may write to `{owner}`: `hf auth login`"
+        )
+    with sentences(repo_id, revision):
+        api = HfApi()
+        patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), note)
+        if private and not api.model_info(repo_id).private:
+            raise LoftqError(
+                f"`{repo_id}` is there already, and public", "leave out `--private`, or choose another name"
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), note)
+        return _earlier(repo_id, revision, known)
+
+
+def push(
+    parcel: Parcel, *, private: bool = False, message: str | None = None, note: Note = lambda sentence: None
+) -> Pushed:
+    """Upload; what is on the Hub already is not sent again.
+
+    Raises:
+        LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id, revision = parcel.repo_id, parcel.revision
+    report = parcel.report
+    stale = open_repo(repo_id, private, revision, report["files"], note) - parcel.files.keys()
+    with sentences(repo_id, revision), _folder(parcel) as folder:
+        api = HfApi()
+        what = f"{report['config']['bits']}-bit base and adapter, loftq {report['version']}"
+
+        def upload() -> Any:
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=message or what,
+                delete_patterns=[glob.escape(name) for name in sorted(stale)] or None,
+            )
+
+        commit = patiently(upload, note)
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    return Pushed(repo_id, revision, commit.oid, url, parcel.files, parcel.total_bytes, tuple(sorted(stale)))
+
+
+def branch_of(revision: str | None) -> str | None:
+    """What a loader must be told; nothing of the main branch, and of a pull request, which is to become part of it."""
+    return None if revision in (None, "main") or str(revision).startswith("refs/") else revision
+
+
+def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, Any]) -> dict[str, bytes]:
+    """The files that are not sent as they lie: those that name the base by its place, or a folder of this machine."""
+    adapter = json.loads((out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    branch = branch_of(revision)
+    named = [(PLACEHOLDER, None), (str(adapter["base_model_name_or_path"]), adapter.get("revision"))]
+    card = (out / CARD_FILE).read_text(encoding="utf-8")
+    for place, of_branch in named:
+        old, new = load_lines(report, place, of_branch), load_lines(report, repo_id, branch)
+        card = card.replace("\n".join(old), "\n".join(new))
+    adapter |= {"base_model_name_or_path": repo_id, "revision": branch}
+    source, config = dict(report["source"]), dict(report["config"])
+    if source["revision"] is None:
+        source["model"] = Path(source["model"]).name
+    if config["calibration"] is not None and Path(config["calibration"]).is_absolute():
+        config["calibration"] = Path(config["calibration"]).name
+    return {
+        ADAPTER_CONFIG: _json_bytes(adapter),
+        CARD_FILE: card.encode(),
+        REPORT_FILE: _json_bytes({**report, "source": source, "config": config}),
+    }
+
+
+@contextmanager
+def _folder(parcel: Parcel) -> Iterator[Path]:
+    """A folder of what travels and nothing else: links, and the files that are written anew."""
+    with tempfile.TemporaryDirectory(prefix="loftq-push-") as name:
+        for file in parcel.files:
+            path = Path(name) / file
+            path.parent.mkdir(exist_ok=True)
+            if file in parcel.rewritten:
+                path.write_bytes(parcel.rewritten[file])
+            else:
+                path.symlink_to((parcel.out / file).resolve())
+        yield Path(name)
+
+
+def _earlier(repo_id: str, revision: str | None, known: Mapping[str, str]) -> set[str]:
+    """The files that the last push of loftq, if any, has put in the repo.
+
+    Raises:
+        LoftqError: it holds weights that no push of loftq has put there, which are not for us to replace.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    there = {file.rfilename: file for file in info.siblings or []}
+    ours: set[str] = set()
+    if REPORT_FILE in there:
+        ours = set(written_files(read_json(Path(hf_hub_download(repo_id, REPORT_FILE, revision=info.sha)))))
+    for name, file in there.items():
+        folder, _, last = name.rpartition("/")
+        if folder not in ("", "loftq_init") or not (last.endswith(".safetensors") or name == "adapter_config.json"):
+            continue
+        if name not in ours and not (file.lfs and known.get(name) == file.lfs.sha256):
+            raise LoftqError(
+                f"`{repo_id}` holds another model: `{name}` is not from loftq",
+                "choose another name; or delete what is there, on its page",
+            )
+    return ours & there.keys()
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,386 @@
+"""`loftq push` against a loopback Hub that speaks the routes of the real one, with its faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loftq_cli import quantize
+from loftq_cli.cli import app
+from loftq_cli.verify import verify
+from tests.hub_server import TOKEN, Cut
+from tests.hub_writes import READ_TOKEN, Fault, WritableHub
+from tests.test_hub_source import client_process
+
+REPO = "org/tiny-2bit"
+OPTIONS = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu", "--format=dense"]
+
+
+@pytest.fixture(scope="module")
+def model(sharded_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(sharded_llama, tmp_path_factory.mktemp("model") / "secret place" / "tiny"))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# Tiny\n")
+    (folder / "LICENSE").write_text("do as you like\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("push") / "out"
+    quantize(model, out, bits=2, rank=4, iters=1, device="cpu", format="dense")
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WritableHub]:
+    with WritableHub(tmp_path_factory.mktemp("hub") / "store") as server:
+        yield server
+
+
+@pytest.fixture
+def hub(served: WritableHub) -> WritableHub:
+    served.clear()
+    return served
+
+
+@dataclass
+class Done:
+    """What a command said, and how long it would have waited for the Hub."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    slept: list[float]
+
+
+Loftq = Callable[..., Done]
+
+
+def invoke(arguments: list[str], token: str) -> Done:
+    """Runs in the client process."""
+    slept: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(time, "sleep", slept.append)  # the client waits between its attempts; here nobody needs to
+        result = CliRunner().invoke(app, arguments)
+    return Done(result.exit_code, result.stdout, result.stderr, slept)
+
+
+@pytest.fixture(scope="module")
+def loftq(served: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loftq]:
+    """The command, in a process whose environment knows the loopback Hub alone."""
+    with client_process(served.environment(tmp_path_factory.mktemp("home"))) as client:
+
+        def run(*arguments: object, token: str = TOKEN) -> Done:
+            done: Done = client(invoke, [str(argument) for argument in arguments], token)
+            for secret in (TOKEN, READ_TOKEN):
+                assert secret not in done.stdout + done.stderr
+            assert "Traceback" not in done.stderr
+            return done
+
+        yield run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def said(done: Done) -> str:
+    return done.stderr.replace("\n", " ")
+
+
+def test_pushed_and_downloaded_again_it_verifies_and_loads(
+    hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
+) -> None:
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    done = loftq("push", "--json", "--message", "first", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "notes.txt" in done.stderr
+    assert contents(out) == before
+
+    told = json.loads(done.stdout)
+    assert told["url"] == f"{hub.endpoint}/{REPO}"
+    assert told["commit"] == hub.repos[REPO].refs["main"]
+    assert hub.messages == ["first"]
+    assert not hub.repos[REPO].private
+    there = hub.folder(REPO)
+    assert told["files"] == {name: len(data) for name, data in contents(there).items() if name != ".gitattributes"}
+    rewritten = {"README.md", "loftq_report.json", "loftq_init/adapter_config.json"}
+    for name in set(before) - rewritten - {"notes.txt"}:
+        assert (there / name).read_bytes() == before[name], name
+    assert set(told["files"]) == set(before) - {"notes.txt"}
+    for data in contents(there).values():
+        assert b"secret place" not in data
+        assert str(out).encode() not in data
+        assert TOKEN.encode() not in data
+
+    adapter = json.loads((there / "loftq_init/adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (REPO, None)
+    load = f"""
+import sys
+from huggingface_hub import snapshot_download
+snapshot_download({REPO!r}, local_dir=sys.argv[1])
+"""
+    downloaded = tmp_path / "downloaded"
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", load, str(downloaded)], check=True, env=environment, capture_output=True)
+    verdict = verify(downloaded, str(model))
+    assert (verdict.violations, verdict.weights) == ((), 14)
+
+    card = (there / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert lines
+    assert lines[1].count(f'"{REPO}"') == 2
+    check = (
+        "\nassert model.peft_config['default'].base_model_name_or_path == 'org/tiny-2bit'\nprint(type(base).__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", lines[1] + check], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("LlamaForCausalLM\n")  # PEFT imports packages that talk
+
+    hub.reset()
+    again = loftq("push", out, REPO)  # nothing has changed: no upload, no commit
+    assert again.returncode == 0, again.stderr
+    assert not hub.uploads
+    assert hub.messages == ["first"]
+    assert f'from_pretrained("{REPO}")' in again.stdout
+
+    # from where it was downloaded it can be pushed on, to a branch of another repo
+    on = loftq("push", "--revision", "trial", downloaded, "org/other")
+    assert on.returncode == 0, on.stderr
+    other = hub.folder("org/other", "trial")
+    assert '"org/other", revision="trial"' in (other / "README.md").read_text()
+    assert REPO not in (other / "README.md").read_text()
+    adapter = json.loads((other / "loftq_init/adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/other", "trial")
+    assert verify(other, str(model)).violations == ()
+    assert set(contents(hub.folder("org/other"))) == {".gitattributes"}  # main is as it was
+
+    # a pull request is to become part of main: nothing names it
+    hub.repos["org/other"].refs["refs/pr/1"] = hub.repos["org/other"].refs["main"]
+    assert loftq("push", "--revision", "refs/pr/1", out, "org/other").returncode == 0
+    proposed = hub.folder("org/other", "refs/pr/1")
+    assert 'from_pretrained("org/other")' in (proposed / "README.md").read_text()
+    assert json.loads((proposed / "loftq_init/adapter_config.json").read_text())["revision"] is None
+
+
+def test_dry_run_asks_nothing_of_the_hub(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    done = loftq("push", "--dry-run", "--json", out, REPO, token="")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["bytes"] == sum(told["files"].values())
+    assert set(told["files"]) == set(contents(out))
+    shown = loftq("push", "--dry-run", out, REPO, token="")
+    assert f"{told['bytes']:,}" in shown.stdout
+    assert hub.requests == []
+
+
+def test_what_verify_refuses_is_not_pushed(hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path) -> None:
+    path = out / "loftq_init/adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    changed = loftq("push", out, REPO)
+    path.unlink()
+    missing = loftq("push", out, REPO)
+    unfinished = tmp_path / "unfinished"
+    (unfinished / ".loftq").mkdir(parents=True)
+    (unfinished / ".loftq/journal.jsonl").write_text("{}\n")
+    begun = loftq("push", unfinished, REPO)
+    foreign = loftq("push", tmp_path, REPO)
+    for done, words in (
+        (changed, "is not what loftq wrote"),
+        (missing, "is not what loftq wrote"),
+        (begun, "unfinished run"),
+        (foreign, "no `loftq_report.json`"),
+    ):
+        assert done.returncode == 1
+        assert words in said(done)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "README.md"])
+def test_what_no_hash_guards_must_be_there_too(hub: WritableHub, loftq: Loftq, out: Path, missing: str) -> None:
+    (out / missing).unlink()
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert missing in said(done)
+    assert hub.requests == []
+
+
+def test_a_report_that_names_files_elsewhere(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    report = json.loads((out / "loftq_report.json").read_text())
+    report["side_files"].append("../secret")
+    (out.parent / "secret").write_text("mine")
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert "not in the folder" in said(done)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "code", "words"),
+    [
+        ("tiny", TOKEN, 2, "owner and name"),
+        ("org/a b", TOKEN, 2, "not a Hub id"),
+        (REPO, "", 1, "no token"),
+        (REPO, "hf_wrong", 1, "does not accept the token (401)"),
+        (REPO, READ_TOKEN, 1, "may not write to `org/tiny-2bit` (403)"),
+        ("others/tiny", TOKEN, 1, "may not write to `others/tiny` (403)"),
+    ],
+)
+def test_who_may_not(hub: WritableHub, loftq: Loftq, out: Path, repo: str, token: str, code: int, words: str) -> None:
+    done = loftq("push", out, repo, token=token)
+    assert done.returncode == code
+    assert words in said(done)
+    if code == 1:
+        assert "hf auth login" in said(done)
+    assert hub.repos == {}
+
+
+def test_private_means_private(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    done = loftq("push", "--private", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert hub.repos[REPO].private
+    hub.repos[REPO].private = False
+    hub.reset()
+    again = loftq("push", "--private", out, REPO)
+    assert again.returncode == 1
+    assert "and public" in said(again)
+    assert not [request for request in hub.requests if "/commit/" in request.path]
+
+
+def test_another_model_is_not_replaced_and_an_older_push_is(
+    hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
+) -> None:
+    hub.add("org/mine", model)
+    done = loftq("push", out, "org/mine")
+    assert done.returncode == 1
+    assert "holds another model" in said(done)
+    assert contents(hub.folder("org/mine")) == contents(model)
+
+    # an earlier push of a single file, with a note of the user's
+    assert loftq("push", out, REPO).returncode == 0
+    whole = tmp_path / "whole"
+    from tests.conftest import save_llama
+
+    quantize(save_llama(tmp_path / "single"), whole, bits=2, rank=4, iters=1, device="cpu", format="dense")
+    (hub.folder(REPO) / "NOTES.md").write_text("mine")
+    done = loftq("push", "--json", whole, REPO)
+    assert done.returncode == 0, done.stderr
+    there = contents(hub.folder(REPO))
+    assert "NOTES.md" in there
+    assert not [name for name in there if name.startswith("model-0")]
+    assert set(json.loads(done.stdout)["deleted"]) == set(contents(out)) - set(contents(whole))
+    assert verify(hub.folder(REPO)).violations == ()
+
+
+def test_the_hub_says_later(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    """429 with Retry-After where the client itself would give up, and where it tries again."""
+    for route in ("repos/create", "preupload", "/upload/"):
+        hub.faults.append(Fault(route, 429, headers={"Retry-After": "7"}))
+    hub.faults.append(Fault("/commit/", 429, headers={"ratelimit": '"api";r=0;t=33'}))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert verify(hub.folder(REPO)).violations == ()
+    assert len([seconds for seconds in done.slept if seconds >= 7]) == 4
+    assert 33 in done.slept
+    assert "answered 429: going on in 7 s" in said(done)
+    assert all(fault.times == 0 for fault in hub.faults)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(429, "too many requests"), (409, "something else is writing"), (500, "answered 500")]
+)
+def test_what_does_not_pass_is_said(hub: WritableHub, loftq: Loftq, out: Path, status: int, words: str) -> None:
+    hub.faults.append(Fault("/commit/", status, times=99))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert words in said(done)
+    assert "the same command goes on" in said(done)
+    tries = [request for request in hub.requests if "/commit/" in request.path]
+    assert len(tries) == (1 if status == 409 else 4)
+    hub.faults.clear()
+    hub.uploads.clear()
+    assert loftq("push", out, REPO).returncode == 0
+    assert not hub.uploads  # they are there; only the commit was missing
+
+
+def test_a_connection_that_breaks_and_comes_back(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    hub.upload_cuts.append(Cut(after_bytes=1000, times=3))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert hub.upload_cuts[0].times == 0
+    assert verify(hub.folder(REPO)).violations == ()
+
+
+def test_a_push_that_broke_off_goes_on_where_it_was(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    shards = len(list(out.rglob("*.safetensors")))
+    hub.faults.append(Fault("PUT /upload/", 403, times=10_000, after=2))
+    broken = loftq("push", out, REPO)
+    assert broken.returncode == 1
+    assert len(hub.uploads) == 2 < shards - 1
+    assert set(contents(hub.folder(REPO))) == {".gitattributes"}  # nothing half-made shows
+    first = set(hub.uploads)
+    hub.reset()
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.uploads) == shards - 2
+    assert not first & set(hub.uploads)
+    assert verify(hub.folder(REPO)).violations == ()
+
+
+def test_no_connection_at_all(out: Path, tmp_path: Path) -> None:
+    with WritableHub(tmp_path / "store") as gone:
+        environment = gone.environment(tmp_path)
+    with client_process(environment) as client:
+        done = client(invoke, ["push", str(out), REPO], TOKEN)
+    assert done.returncode == 1
+    assert f"{gone.endpoint} lost the connection" in said(done)
+
+
+def test_quantize_pushes_what_it_made(hub: WritableHub, loftq: Loftq, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for flags, token, words in (
+        (["--push-to-hub", REPO], READ_TOKEN, "may not write"),
+        (["--push-to-hub", REPO], "", "no token"),
+        (["--push-to-hub", "tiny"], TOKEN, "owner and name"),
+        (["--private"], TOKEN, "`--private` is for `--push-to-hub`"),
+    ):
+        refused = loftq("quantize", *OPTIONS, *flags, model, out, token=token)
+        assert refused.returncode in (1, 2)
+        assert words in said(refused)
+        assert not out.exists()  # before any work
+    command = ["quantize", *OPTIONS, "--json", "--push-to-hub", REPO, "--private", model, out]
+    done = loftq(*command)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["push"]["commit"] == hub.repos[REPO].refs["main"]
+    assert told["totals"] == json.loads((out / "loftq_report.json").read_text())["totals"]
+    assert hub.repos[REPO].private
+    assert verify(hub.folder(REPO), str(model)).violations == ()
+    again = loftq(*command)  # in CI it is the same command again
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["push"]["commit"] == told["push"]["commit"]
+    hub.faults.append(Fault("preupload", 403, times=99))
+    failed = loftq(*command)
+    assert failed.returncode == 1
+    assert "push" not in json.loads(failed.stdout)  # what was made is told all the same
