@@ -193,7 +193,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
-    notes = [targets.note] if targets.note else []
+    notes = [*checkpoint.notes, *([targets.note] if targets.note else [])]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
         chosen = decided.model_copy(update={"format": format_name})

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from loftq_cli import lean
+from loftq_cli.agreement import refuse_disagreement
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
@@ -107,6 +108,7 @@ def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool =
 def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     modules = dict(model.named_modules())
     keys, converted = state_keys(checkpoint, model)
+    refuse_disagreement(checkpoint, model, keys, bool(converted))
     module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}
     head = model.get_output_embeddings()
     tied = _tied_names(model)
@@ -142,8 +144,6 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "PEFT would put its adapter on the experts"
         elif _is_router(name, module, checkpoint.config):
             skipped[info.name] = "router"
-        elif tuple(module.weight.shape) != info.shape:
-            skipped[info.name] = f"shape {list(info.shape)} in the file, {list(module.weight.shape)} in the model"
         elif info.dtype not in FLOATS:
             skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
         else:
