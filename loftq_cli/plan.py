@@ -18,6 +18,7 @@ from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, RemoteCode, to_store
+from loftq_cli.heads import head_layout
 from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
@@ -203,7 +204,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
-            adapter_layout=_adapter_layout(jobs, chosen),
+            adapter_layout=(*_adapter_layout(jobs, chosen), *head_layout(checkpoint, targets.head.tensors)),
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,

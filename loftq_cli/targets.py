@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from loftq_cli import lean
 from loftq_cli.agreement import refuse_disagreement
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
+from loftq_cli.heads import Head, choose_head
 from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
 
 PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
@@ -47,6 +48,7 @@ class Targets:
         has_fused_experts: some modules hold the weights of several experts in one parameter.
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
         note: what the user must know about how the layers were found, or None.
+        head: what PEFT makes of the model's head; its task type is `task_type`.
     """
 
     linears: dict[str, str]
@@ -62,6 +64,7 @@ class Targets:
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     note: str | None = None
+    head: Head = field(default_factory=lambda: Head(None))
 
 
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Callable[[], Targets]:
@@ -150,7 +153,8 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             linears[info.name] = name
     found = set(linears.values())
     architecture = type(model).__name__
-    auto_class, task_type = find_auto_class(architecture, model.main_input_name, checkpoint.config)
+    auto_class, suggested = find_auto_class(architecture, model.main_input_name, checkpoint.config)
+    head_of_task = choose_head(model, suggested, keys, linears)
     return Targets(
         linears=linears,
         skipped=skipped,
@@ -161,7 +165,8 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         architecture=architecture,
         auto_class=auto_class,
         model_classes=model_classes(checkpoint.config.get("model_type"), architecture),
-        task_type=task_type,
+        task_type=head_of_task.task_type,
+        head=head_of_task,
         main_input_name=model.main_input_name,
         has_fused_experts=any(
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
