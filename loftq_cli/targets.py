@@ -132,7 +132,9 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             continue
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":
-            skipped[info.name] = "bias" if info.name.endswith("bias") else "not a linear weight"
+            owner = modules[name.partition(".parametrizations.")[0]]  # of a weight in two parts, as in weight norm
+            kind = "convolution" if _kind(owner) == "convolution" else "not a linear weight"
+            skipped[info.name] = "bias" if info.name.endswith("bias") else kind
         elif not _is_linear(module) and not _is_conv1d(module):
             skipped[info.name] = _kind(module)
         elif module is head:

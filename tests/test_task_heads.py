@@ -16,18 +16,12 @@ from safetensors.torch import load_file, save_file
 from loftq_cli import quantize
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
-from tests.test_families import DECODER, IDS, LLAVA, PIXELS, SEQ2SEQ, SIZES, T5, VISION, WHISPER
+from tests.test_families import DECODER, IDS, LLAVA, PIXELS, SEQ2SEQ, SIZES, SOUND, T5, VISION, WAV2VEC2, WHISPER
 
 BART = {k: v for k, v in WHISPER.items() if not k.startswith(("num_mel", "max_"))}
 ENDED = {"input_ids": torch.tensor([[3, 4, 5, 6, 2]])}
 ONE, EACH = {"labels": torch.tensor([1])}, {"labels": torch.ones(1, 12, dtype=torch.int64)}
 SPAN = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([3])}
-SOUND = {"input_values": torch.linspace(-1, 1, 800)[None]}
-WAV2VEC2 = {
-    **SIZES, "conv_dim": (32, 32), "conv_kernel": (8, 4), "conv_stride": (4, 2), "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "layerdrop": 0.0,
-    "classifier_proj_size": 32, "mask_time_prob": 0.0,
-}  # fmt: skip
 FEATURES = {"input_features": torch.ones(1, 16, 64), "decoder_input_ids": torch.arange(4)[None]}
 
 # (how to make it, its Auto class, its task type, inputs, labels, the names of the head that PEFT trains)
