@@ -40,7 +40,8 @@ def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, s
             raise LoftqError(what, HINT)
     there = set(keys.values())
     kinds = {_kind(key) for key in there}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *ties.values()}
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
     for path, module in model.named_modules():
         key = f"{path}.weight"

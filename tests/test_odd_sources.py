@@ -21,9 +21,11 @@ from loftq_cli.checkpoint.reader import read_chunks, read_tensor
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.merge import merge
+from loftq_cli.plan import ADAPTER_FILE
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
 from tests.conftest import save_llama
+from tests.test_eval import save_tokenizer
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -192,6 +194,34 @@ def test_fp8_run_that_is_stopped_goes_on_to_the_same_bytes(
         quantize(folder, tmp_path / "out", progress=stop, **options)
     resumed = quantize(folder, tmp_path / "out", resume=True, **options)
     assert {n: h for n, h in resumed["files"].items()} == whole["files"]
+
+
+@pytest.mark.parametrize("method", ["loftq", "qera"])
+def test_fp8_gives_what_its_dequantized_twin_gives(method: str, tmp_path: Path) -> None:
+    """By weights alone, and on text that runs through the model."""
+    values = save_fp8(tmp_path / "model", (64, 64), num_hidden_layers=1)
+    shutil.copytree(tmp_path / "model", tmp_path / "twin")
+    for file in (FIRST, SECOND):
+        held = load_file(tmp_path / "twin" / file)
+        plain = {name: values[name].bfloat16() for name in held if name in values}
+        save_file(plain, tmp_path / "twin" / file, metadata={"format": "pt"})
+    weight_map = {name: FIRST if "_proj" in name else SECOND for name in values}
+    (tmp_path / "twin" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    edit_json(tmp_path / "twin" / "config.json", lambda config: config.pop("quantization_config"))
+    options = {"bits": 2, "rank": 4, "group_size": 32, "format": "dense", "device": "cpu", "method": method}
+    if method == "qera":
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(f"w{i * i % 89}" for i in range(2000)))
+        options |= {"calibration": str(text), "samples": 4, "seqlen": 16}
+    reports = []
+    for name in ("model", "twin"):
+        save_tokenizer(tmp_path / name)
+        reports.append(quantize(tmp_path / name, tmp_path / f"{name}-out", **options))
+    hashes = [{n: h for n, h in report["files"].items() if n.startswith("model-")} for report in reports]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 2
+    adapters = [load_file(tmp_path / f"{name}-out" / ADAPTER_FILE) for name in ("model", "twin")]
+    assert all(torch.equal(adapters[1][name], factor) for name, factor in adapters[0].items())
 
 
 def test_fp8_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
