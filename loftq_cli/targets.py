@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,8 @@ class Targets:
         model_classes: all that may load it or a part of it: Auto class → class; none for foreign code.
         has_fused_experts: some modules hold the weights of several experts in one parameter.
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
+        head: the task type for PEFT, and what it makes of the model's head.
         note: what the user must know about how the layers were found, or None.
-        head: what PEFT makes of the model's head; its task type is `task_type`.
     """
 
     linears: dict[str, str]
@@ -58,13 +58,12 @@ class Targets:
     architecture: str
     auto_class: str
     model_classes: dict[str, str]
-    task_type: str | None
+    head: Head
     main_input_name: str
     has_fused_experts: bool = False
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     note: str | None = None
-    head: Head = field(default_factory=lambda: Head(None))
 
 
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Callable[[], Targets]:
@@ -156,7 +155,6 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     found = set(linears.values())
     architecture = type(model).__name__
     auto_class, suggested = find_auto_class(architecture, model.main_input_name, checkpoint.config)
-    head_of_task = choose_head(model, suggested, keys, linears)
     return Targets(
         linears=linears,
         skipped=skipped,
@@ -167,8 +165,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         architecture=architecture,
         auto_class=auto_class,
         model_classes=model_classes(checkpoint.config.get("model_type"), architecture),
-        task_type=head_of_task.task_type,
-        head=head_of_task,
+        head=choose_head(model, suggested, keys, linears),
         main_input_name=model.main_input_name,
         has_fused_experts=any(
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
@@ -283,7 +280,7 @@ def guess_targets(checkpoint: Checkpoint) -> Targets:
         architecture=architecture,
         auto_class=auto_class,
         model_classes={},
-        task_type="CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None,
+        head=Head("CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None),
         main_input_name="input_ids",
         has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),
     )

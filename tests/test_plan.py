@@ -33,7 +33,7 @@ def test_linears_are_found_and_the_rest_is_skipped_with_reasons(tiny_llama: Path
     assert found.skipped["model.embed_tokens.weight"] == "embedding"
     assert found.skipped["model.norm.weight"] == "norm"
     assert set(found.skipped) | {job.tensor for job in found.jobs} == set(found.checkpoint.tensors)
-    assert (found.targets.architecture, found.targets.auto_class, found.targets.task_type) == (
+    assert (found.targets.architecture, found.targets.auto_class, found.targets.head.task_type) == (
         "LlamaForCausalLM", "AutoModelForCausalLM", "CAUSAL_LM",
     )  # fmt: skip
 
