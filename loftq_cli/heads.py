@@ -41,6 +41,13 @@ class Head:
     modules_to_save: tuple[str, ...] = ()
     tensors: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def note(self) -> str | None:
+        """What the user must know of it, or None."""
+        names = sorted({key.split(".")[0] for key in self.tensors.values()})
+        listed = ", ".join(f"`{name}`" for name in names)
+        return f"PEFT trains the head as a whole: a copy of {listed} is in the adapter" if names else None
+
 
 def choose_head(model: Any, task_type: str | None, keys: Mapping[str, str], linears: Mapping[str, str]) -> Head:
     """The task type if PEFT's wrapper for it fits `model`, and what it needs of the head.

@@ -194,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
-    notes = [*checkpoint.notes, *([targets.note] if targets.note else [])]
+    notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note) if note]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
         chosen = decided.model_copy(update={"format": format_name})

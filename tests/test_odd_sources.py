@@ -19,8 +19,10 @@ from loftq_cli import quantize
 from loftq_cli.checkpoint import fp8
 from loftq_cli.checkpoint.reader import read_chunks, read_tensor
 from loftq_cli.checkpoint.source import open_checkpoint
+from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
 from loftq_cli.merge import merge
+from loftq_cli.pipeline import plan_quantize
 from loftq_cli.plan import ADAPTER_FILE
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
@@ -158,6 +160,8 @@ def test_fp8_is_dequantized_piece_by_piece(
 def test_fp8_source_from_end_to_end(fp8_llama: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     folder, values = fp8_llama
     out = tmp_path / "out"
+    notes = plan_quantize(str(folder), build_config(DENSE)).notes
+    assert "14 fp8 weights of the source are dequantized to bfloat16 on reading" in notes
     report = quantize(folder, out, skip=["*.down_proj"], **DENSE)
     stored = {**load_file(out / FIRST), **load_file(out / SECOND)}
     assert stored.keys() == values.keys()

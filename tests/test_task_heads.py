@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from loftq_cli import quantize
+from loftq_cli.config import build_config
+from loftq_cli.pipeline import plan_quantize
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
 from tests.test_families import DECODER, IDS, LLAVA, PIXELS, SEQ2SEQ, SIZES, SOUND, T5, VISION, WAV2VEC2, WHISPER
@@ -121,6 +123,10 @@ def test_head(case: str, tmp_path: Path) -> None:
     source = make().eval()
     source.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
+    plan = plan_quantize(str(tmp_path / "model"), build_config({"bits": 4, "rank": 4}))
+    assert [f"`{name}`" in note for note in plan.notes if "in the adapter" in note for name in head] == [True] * len(
+        head
+    )
     report = quantize(tmp_path / "model", out, bits=4, rank=4, iters=1, format="dense", device="cpu")
     assert (report["load"]["auto_class"], report["adapter_config"]["task_type"]) == (auto_class, task_type)
     assert verify(out, str(tmp_path / "model")).violations == ()
