@@ -12,16 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from loftq_cli.checkpoint.source import Checkpoint
 
-# (Auto class, its table in transformers, PEFT task type where PEFT's wrapper passes the model only arguments it has)
+# (Auto class, its table in transformers, PEFT task type where PEFT's wrapper may pass the model only arguments it has)
 AUTO_CLASSES = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "CAUSAL_LM"),
     ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM"),
     ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", None),
-    # with their task types PEFT would want the head's weights in the adapter
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", None),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", None),
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "SEQ_CLS"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "TOKEN_CLS"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "QUESTION_ANS"),
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", None),
     ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", None),
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", None),
@@ -126,7 +125,7 @@ class _Light(TorchFunctionMode):
 
 
 def find_auto_class(architecture: str, main_input_name: str, config: dict[str, Any]) -> tuple[str, str | None]:
-    """The Auto class that loads `architecture`, and the task type for PEFT."""
+    """The Auto class that loads `architecture`, and the task type that PEFT has for it (see `choose_head`)."""
     from transformers.models.auto import modeling_auto
 
     for auto_class, table, task_type in AUTO_CLASSES:

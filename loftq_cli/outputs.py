@@ -19,6 +19,7 @@ from torch import Tensor
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
 from loftq_cli.formats import peft_adapter
+from loftq_cli.heads import adapter_name
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
@@ -151,10 +152,17 @@ class Outputs:
             future.result()
 
     def finish_shards(self) -> None:
-        """Make the shards whole that are complete; with several ranks, once all have drained, each its share."""
+        """Make the shards whole that are complete; with several ranks, once all have drained, each its share.
+
+        Of the adapter, this writes what is no factor: the head, if it holds one.
+        """
         if self._ranks > 1:
             self.journal.load()
             self.adapter.written.update(self.journal.file(ADAPTER_FILE).written)
+        if self._rank == 0:
+            for name, key in self.plan.targets.head.tensors.items():
+                info = self.plan.checkpoint.tensors[name]
+                self.adapter.write_chunks(adapter_name(key), read_chunks(self.plan.checkpoint.path(info.file), info))
         for number, shard in enumerate(self.plan.shards):
             if self.journal.file(shard.file).sha256 is None and number % self._ranks == self._rank:
                 if self._ranks > 1:  # opened again, for over a network what others wrote shows only then

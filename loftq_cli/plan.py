@@ -18,6 +18,7 @@ from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, RemoteCode, to_store
+from loftq_cli.heads import head_layout
 from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
@@ -193,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
-    notes = [targets.note] if targets.note else []
+    notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note) if note]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
         chosen = decided.model_copy(update={"format": format_name})
@@ -203,7 +204,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
-            adapter_layout=_adapter_layout(jobs, chosen),
+            adapter_layout=(*_adapter_layout(jobs, chosen), *head_layout(checkpoint, targets.head.tensors)),
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,

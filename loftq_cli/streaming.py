@@ -32,6 +32,7 @@ def streamed(plan: Plan, out: Path, journal: Journal) -> Plan:
     """`plan` with a checkpoint whose shards are fetched ahead: those that the journal does not know as done."""
     if not isinstance(plan.checkpoint.place, HubCommit):
         return plan
-    files = [shard.file for shard in plan.shards if journal.file(shard.file).sha256 is None]
+    left = [shard.file for shard in plan.shards if journal.file(shard.file).sha256 is None]
+    files = [plan.checkpoint.stored_in.get(file, file) for file in left]
     folder = out / WORK_FOLDER / SOURCE_FOLDER if plan.config.evict else None
     return replace(plan, checkpoint=replace(plan.checkpoint, place=Streamed(plan.checkpoint.place, files, folder)))

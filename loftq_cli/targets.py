@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from loftq_cli import lean
+from loftq_cli.agreement import refuse_disagreement
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
+from loftq_cli.heads import Head, choose_head
 from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
 
 PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
@@ -45,6 +47,7 @@ class Targets:
         model_classes: all that may load it or a part of it: Auto class → class; none for foreign code.
         has_fused_experts: some modules hold the weights of several experts in one parameter.
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
+        head: the task type for PEFT, and what it makes of the model's head.
         note: what the user must know about how the layers were found, or None.
     """
 
@@ -55,7 +58,7 @@ class Targets:
     architecture: str
     auto_class: str
     model_classes: dict[str, str]
-    task_type: str | None
+    head: Head
     main_input_name: str
     has_fused_experts: bool = False
     linear_subclass: str | None = None
@@ -107,6 +110,7 @@ def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool =
 def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     modules = dict(model.named_modules())
     keys, converted = state_keys(checkpoint, model)
+    refuse_disagreement(checkpoint, model, keys, bool(converted))
     module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}
     head = model.get_output_embeddings()
     tied = _tied_names(model)
@@ -127,7 +131,9 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             continue
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":
-            skipped[info.name] = "bias" if info.name.endswith("bias") else "not a linear weight"
+            owner = modules[name.partition(".parametrizations.")[0]]  # of a weight in two parts, as in weight norm
+            kind = "convolution" if _kind(owner) == "convolution" else "not a linear weight"
+            skipped[info.name] = "bias" if info.name.endswith("bias") else kind
         elif not _is_linear(module) and not _is_conv1d(module):
             skipped[info.name] = _kind(module)
         elif module is head:
@@ -142,15 +148,13 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "PEFT would put its adapter on the experts"
         elif _is_router(name, module, checkpoint.config):
             skipped[info.name] = "router"
-        elif tuple(module.weight.shape) != info.shape:
-            skipped[info.name] = f"shape {list(info.shape)} in the file, {list(module.weight.shape)} in the model"
         elif info.dtype not in FLOATS:
             skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
         else:
             linears[info.name] = name
     found = set(linears.values())
     architecture = type(model).__name__
-    auto_class, task_type = find_auto_class(architecture, model.main_input_name, checkpoint.config)
+    auto_class, suggested = find_auto_class(architecture, model.main_input_name, checkpoint.config)
     return Targets(
         linears=linears,
         skipped=skipped,
@@ -161,7 +165,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         architecture=architecture,
         auto_class=auto_class,
         model_classes=model_classes(checkpoint.config.get("model_type"), architecture),
-        task_type=task_type,
+        head=choose_head(model, suggested, keys, linears),
         main_input_name=model.main_input_name,
         has_fused_experts=any(
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
@@ -276,7 +280,7 @@ def guess_targets(checkpoint: Checkpoint) -> Targets:
         architecture=architecture,
         auto_class=auto_class,
         model_classes={},
-        task_type="CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None,
+        head=Head("CAUSAL_LM" if auto_class == "AutoModelForCausalLM" else None),
         main_input_name="input_ids",
         has_fused_experts=any(len(info.shape) == 3 and "experts" in info.name for info in checkpoint.tensors.values()),
     )

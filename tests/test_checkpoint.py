@@ -103,7 +103,7 @@ def test_side_files(tmp_path: Path) -> None:
         *("tokenizer.model", "tokenizer_config.json", "vocab.json", "chat_template.jinja", "modeling_x.py"),
     ]
     left = [
-        *("README.md", ".gitattributes", "adapter_config.json", "loftq_report.json", "training_args.bin"),
+        *("README.md", ".gitattributes", "training_args.bin"),
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.bin", "flax_model.msgpack", "optimizer.pt"),
         *("model.onnx", "tf_model.h5", "x.gguf", "rust_model.ot", "consolidated.00.pth"),
     ]
@@ -199,8 +199,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["already quantized, by gptq", "unquantized checkpoint"],
     ),
     "quantized inside": (
-        lambda f: (f / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}'),
-        ["already quantized, by fp8"],
+        lambda f: (f / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "awq"}}}'),
+        ["already quantized, by awq"],
     ),
     "index not JSON": (lambda f: (f / INDEX).write_text("nope"), [f"{INDEX}` is not JSON"]),
     "index empty": (lambda f: (f / INDEX).write_text("{}"), ["no `weight_map`"]),
@@ -216,6 +216,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "tensor not in its file": (lambda f: edit_index(f, d=SECOND), ["`d`", f"`{SECOND}`", "does not hold it"]),
     "tensor in another file": (lambda f: edit_index(f, a=SECOND), ["`a`", f"`{FIRST}`", "does not place there"]),
     "tensor not in the index": (lambda f: rename_in_index(f, "a", "b"), ["`a`", f"`{FIRST}`"]),
+    "tensor in both shards": (
+        lambda f: save_file({**SHARDS[FIRST], **SHARDS[SECOND]}, f / SECOND),
+        ["`a`", f"`{SECOND}` holds tensor", "does not place there"],
+    ),
+    "an output of loftq": (
+        lambda f: (f / "loftq_report.json").write_text("{}"),
+        ["output of loftq", "loftq merge", "merged-model"],
+    ),
+    "an adapter beside it": (
+        lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+        ["adapter for `org/base` beside its weights", "remove adapter_config.json", "merge_and_unload"],
+    ),
     "both index and single": (
         lambda f: shutil.copy(f / FIRST, f / "model.safetensors"),
         ["holds the model twice", "keep one"],
@@ -263,26 +275,7 @@ def test_empty_folder(tmp_path: Path) -> None:
     refusal(tmp_path, "no safetensors weights (no files)")
 
 
-def test_pickle_folder_and_the_lines_that_convert_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **size))
-    model.config.save_pretrained(tmp_path / "model")
-    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-
-    error = refusal(tmp_path / "model", "pickle", "LlamaForCausalLM")
-    importing, saving, tokenizer = error.hint.splitlines()[1:]
-    assert tokenizer.startswith("AutoTokenizer.from_pretrained(")  # this model has none
-    monkeypatch.chdir(tmp_path)
-    exec(f"{importing}\n{saving}", {})
-    converted = open_checkpoint("safetensors-model")
-    for name, info in converted.tensors.items():
-        assert torch.equal(read_tensor(converted.path(info.file), info), model.state_dict()[name])
-
-
 def test_conversion_lines_run_nothing_that_the_config_says(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_text("")
+    (tmp_path / "pytorch_model.bin").write_text("no pickle at all")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["x; import os"]}))
     assert "import os" not in refusal(tmp_path, "AutoModelForCausalLM").hint

@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from loftq_cli import quantize
+from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
+from loftq_cli.pipeline import plan_quantize
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
 
@@ -51,6 +53,21 @@ CLIP = {
 LLAVA = {
     "text_config": {**DECODER, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"},
     "image_token_index": 9, "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
+}  # fmt: skip
+QWEN2_VL = {
+    "text_config": {**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "patch_size": 4},
+    "image_token_id": 9, "vision_start_token_id": 7, "vision_end_token_id": 8,
+}  # fmt: skip
+WAV2VEC2 = {
+    **SIZES, "conv_dim": (32, 32), "conv_kernel": (8, 4), "conv_stride": (4, 2), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "layerdrop": 0.0,
+    "classifier_proj_size": 32, "mask_time_prob": 0.0,
+}  # fmt: skip
+SOUND = {"input_values": torch.linspace(-1, 1, 800)[None]}
+IMAGE_IN_TEXT = {  # 4 × 4 patches, merged to 2 × 2 tokens
+    "input_ids": torch.tensor([[3, 7, 9, 9, 9, 9, 8, 4]]), "pixel_values": torch.linspace(-1, 1, 16 * 96).view(16, 96),
+    "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]),
 }  # fmt: skip
 
 
@@ -107,6 +124,11 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     ),
     "vit": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), PIXELS),
     "clip": (lambda: tf.CLIPModel(tf.CLIPConfig(**CLIP)), {**IDS, **PIXELS}),
+    "qwen2-vl": (lambda: tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(**QWEN2_VL)), IMAGE_IN_TEXT),
+    "wav2vec2, ctc": (lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**WAV2VEC2)), SOUND),
+    "wav2vec2, classifier": (lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**WAV2VEC2)), SOUND),
+    "bert, features": (lambda: tf.BertModel(tf.BertConfig(**SIZES)), IDS),
+    "t5, encoder alone": (lambda: tf.T5EncoderModel(tf.T5Config(**T5)), IDS),
     "llava": (llava, {"input_ids": torch.tensor([[3, 4, *[9] * 5, 5, 6]]), **PIXELS}),
 }  # fmt: skip
 
@@ -161,3 +183,29 @@ def test_a_known_model_that_cannot_be_built_is_refused_not_guessed(tiny_llama: P
     (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
     with pytest.raises(LoftqError, match="LlamaForSomethingElse"):
         quantize(tmp_path, tmp_path / "out", bits=2, rank=4)
+
+
+CONVOLUTIONS = {  # name → the tensors whose modules are convolutions
+    "vit": ["vit.embeddings.patch_embeddings.projection.weight"],
+    "clip": ["vision_model.embeddings.patch_embedding.weight"],
+    "whisper": ["model.encoder.conv1.weight", "model.encoder.conv2.weight"],
+    "wav2vec2, ctc": [
+        *(f"wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original{i}" for i in range(2)),
+        *(f"wav2vec2.feature_extractor.conv_layers.{i}.conv.weight" for i in range(2)),
+    ],
+    "qwen2-vl": ["visual.patch_embed.proj.weight"],
+    "llava": ["vision_tower.embeddings.patch_embedding.weight"],
+}
+
+
+@pytest.mark.parametrize("family", CONVOLUTIONS)
+def test_convolutions_are_skipped_and_say_so(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]()
+    model.save_pretrained(tmp_path / "model")
+    plan = plan_quantize(str(tmp_path / "model"), build_config({"bits": 4, "rank": 4}))
+    assert sorted(name for name, why in plan.skipped.items() if why == "convolution") == CONVOLUTIONS[family]
+    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert len(convolutions) == len({name.partition(".parametrizations")[0] for name in CONVOLUTIONS[family]})
+    assert not convolutions & {job.module for job in plan.jobs}

@@ -24,6 +24,7 @@ from torch import Tensor
 import loftq_cli.runtime  # noqa: F401  (loads `packed`)
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, bnb, make_quantizer, peft_adapter
+from loftq_cli.heads import Head
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from tests.conftest import save_llama
@@ -133,7 +134,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
         jobs=jobs,
         skipped_linears=skipped,
         targets=SimpleNamespace(
-            **TARGETS, task_type="CAUSAL_LM", module_names=tuple(name for name, _ in model.named_modules())
+            **TARGETS, head=Head("CAUSAL_LM"), module_names=tuple(name for name, _ in model.named_modules())
         ),
         config=SimpleNamespace(rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant),
         block_paths=("model.layers",),

@@ -117,6 +117,15 @@ def opened_in(folder: str, model: str) -> Checkpoint:
         return open_checkpoint(model)
 
 
+def values(model: str) -> dict[str, list[Any]]:
+    """Everything that opening and reading finds, by lists: tensors would come from the client in shared memory."""
+    checkpoint = open_checkpoint(model)
+    return {
+        name: read_tensor(checkpoint.path(info.file), info).float().flatten().tolist()
+        for name, info in checkpoint.tensors.items()
+    }
+
+
 def refusal(client: Client, work: Callable[..., Any], *arguments: Any) -> str:
     """Message and hint of the error that `work` raises in the client."""
     with pytest.raises(LoftqError) as caught:
@@ -234,6 +243,26 @@ def test_refusals_name_the_hub_id_and_the_revision(hub: HubServer, client: Clien
     hub.add("org/pickle", tmp_path, ref="v1")
     said = refusal(client, open_checkpoint, "org/pickle", "v1")
     assert 'BertModel.from_pretrained("org/pickle", revision="v1"' in said
+
+
+def test_pickles_and_fp8_with_scales_in_another_shard(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.randn(4, 6), "b": torch.randn(3).half()}
+    pickled, scaled = tmp_path / "pickled", tmp_path / "scaled"
+    for folder in (pickled, scaled):
+        folder.mkdir()
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_text("{}")
+    codes, scale = tensors["a.weight"].to(torch.float8_e4m3fn), torch.rand(2, 3)
+    save_file({"a.weight": codes}, scaled / FIRST)
+    save_file({"a.weight_scale_inv": scale}, scaled / SECOND)
+    (scaled / INDEX).write_text(json.dumps({"weight_map": {"a.weight": FIRST, "a.weight_scale_inv": SECOND}}))
+    entry = {"quant_method": "fp8", "weight_block_size": [2, 2]}
+    (scaled / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": entry}))
+    hub.add("org/pickled", pickled)
+    hub.add("org/scaled", scaled)
+    assert client(values, "org/pickled") == {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
+    dequantized = codes.float() * scale.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert client(values, "org/scaled") == {"a.weight": dequantized.flatten().tolist()}
 
 
 def test_broken_connections(hub: HubServer, client: Client, tmp_path: Path) -> None:

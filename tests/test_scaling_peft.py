@@ -25,6 +25,7 @@ from loftq_cli.formats.peft_adapter import (
     target_modules,
     tensor_names,
 )
+from loftq_cli.heads import Head
 
 RANK = 4
 
@@ -33,7 +34,7 @@ def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     return SimpleNamespace(
         jobs=tuple(SimpleNamespace(module=name, transposed=False) for name in linears),
-        targets=SimpleNamespace(task_type="CAUSAL_LM"),
+        targets=SimpleNamespace(head=Head("CAUSAL_LM")),
         config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
     )
 
@@ -137,7 +138,9 @@ def test_config_has_no_key_that_peft_lacks() -> None:
 
     options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
     plan = SimpleNamespace(
-        jobs=(SimpleNamespace(module="a.b", transposed=False),), targets=SimpleNamespace(task_type=None), config=options
+        jobs=(SimpleNamespace(module="a.b", transposed=False),),
+        targets=SimpleNamespace(head=Head(None)),
+        config=options,
     )
     config = adapter_config(plan, "owner/name", ["", "a", "a.b", "a.c"])
     known = set(LoraConfig.__dataclass_fields__)

@@ -1,18 +1,19 @@
-"""Whole small files: written under a temporary name, flushed to the disk, renamed; hashed on the way."""
+"""Whole small files: written under a temporary name, flushed to the disk, renamed; hashed on the way; and read."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.reader import CHUNK_BYTES
+from loftq_cli.checkpoint.reader import CHUNK_BYTES, Header, sample_hash
 from loftq_cli.errors import LoftqError
 
 
@@ -42,13 +43,45 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_if_any(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds one object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoftqError(f"`{path.name}` is not JSON: {error}", "download or copy it again") from None
+    except OSError as error:
+        raise LoftqError(f"cannot read `{path.name}`: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise LoftqError(f"`{path.name}` is not a JSON object", "download or copy it again")
+    return content
+
+
+def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header], path: Callable[[str], Path]) -> str:
+    """The hash that stands for a checkpoint; `path` finds one of its files by name, if there is no `revision`."""
+    parts = [revision or "", config.read_bytes().hex()]
+    parts += [f"{file} {header.file_bytes} {header.raw.hex()}" for file, header in headers.items()]
+    if revision is None:  # two checkpoints of one training run differ in nothing but their values
+        parts += [sample_hash(path(file), header) for file, header in headers.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def near_folders(folder: Path) -> str:
+    """A question after folders that are called nearly so, or nothing."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(folder.name, names)
+    return "did you mean " + " or ".join(f"`{folder.parent / name}`" for name in near) + "?" if near else ""
 
 
 def _replace_whole(path: Path, chunks: Iterable[bytes]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.checkpoint.files import near_folders
 from loftq_cli.checkpoint.reader import Header, header_bytes, parse_header
 from loftq_cli.errors import LoftqError
 
@@ -151,13 +151,3 @@ def is_repo_id(model: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def near_folders(folder: Path) -> str:
-    """A question whether another folder was meant, or nothing."""
-    try:
-        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(folder.name, names)
-    return "did you mean " + " or ".join(f"`{folder.parent / name}`" for name in near) + "?" if near else ""

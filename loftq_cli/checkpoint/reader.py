@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,9 +49,20 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+class Decoder(Protocol):
+    """What reads a tensor that is stored as something else than what it is taken for."""
+
+    def read_at(self, descriptor: int, view: memoryview, path: Path, begin: int) -> None:
+        """As `read_at` of this module, in bytes of the decoded tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of one safetensors file; `offset` counts from the start of the file."""
+    """One tensor of one file; `offset` counts from the start of the file.
+
+    With a `decoder`, `dtype` and `nbytes` are those of what it makes.
+    """
 
     name: str
     dtype: torch.dtype
@@ -59,6 +70,7 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
+    decoder: Decoder | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,9 @@ def read_into(view: memoryview, path: Path, info: TensorInfo, begin: int) -> Non
 
 def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
     """As `read_into`, from a file that is open already."""
+    if info.decoder is not None:
+        info.decoder.read_at(descriptor, view, path, begin)
+        return
     done = 0
     while done < len(view):  # one read stops at 2 GiB
         try:

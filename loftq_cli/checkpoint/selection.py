@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from loftq_cli.checkpoint.fp8 import is_fp8
+from loftq_cli.checkpoint.pickled import NotPlainError, read_pickled
 from loftq_cli.checkpoint.reader import Header
+from loftq_cli.checkpoint.ways_out import CONVERTED, MERGED, UNDONE, conversion_lines, merge_lines, source_argument
 from loftq_cli.errors import LoftqError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+REPORT = "loftq_report.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 SIDE_FILES = (
     *("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.txt"),
@@ -29,10 +35,21 @@ NOT_SIDE_FILES = (
 ReadJson = Callable[[str], dict[str, Any]]
 
 
-def choose_weights(
-    model: str, revision: str | None, names: Iterable[str], read_json: ReadJson
-) -> tuple[tuple[str, ...], dict[str, Any] | None]:
-    """The safetensors files that make up the model, in order, and the content of their index, if there is one.
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files that make up a model, in order, and the content of their index, if there is one.
+
+    `stored_in`: safetensors file → the pickle that it stands for; `way_out` is the hint for one that cannot be read.
+    """
+
+    files: tuple[str, ...]
+    index: dict[str, Any] | None
+    stored_in: dict[str, str] = field(default_factory=dict)
+    way_out: str = ""
+
+
+def choose_weights(model: str, revision: str | None, names: Iterable[str], read_json: ReadJson) -> Weights:
+    """The files that make up the model.
 
     Args:
         model: folder or Hub id, and
@@ -45,27 +62,70 @@ def choose_weights(
     """
     names = set(names)
     weights = sorted(name for name in names if name.endswith(".safetensors") and name != ADAPTER)
-    if not weights and INDEX not in names:
-        raise _no_weights(model, revision, names, read_json)
+    if REPORT in names:
+        raise LoftqError(
+            f"`{model}` is an output of loftq: a quantized base, whose adapter holds a part of every weight",
+            "start from the checkpoint that it was made from, or put both together first: "
+            + shlex.join(["loftq", "merge", model, MERGED]),
+        )
+    if ADAPTER_CONFIG in names:
+        raise _adapted(model, revision, names, read_json, weights)
+    pickles = {PICKLE, PICKLE_INDEX} & names
+    if not weights and INDEX not in names and not pickles:
+        raise _no_weights(model, revision, names)
     if "config.json" not in names:
         raise LoftqError(f"`{model}` has no config.json", "put the model's config.json beside its weights")
+    if not weights and INDEX not in names:
+        return _pickled(model, revision, names, read_json)
     if INDEX in names:
         index = read_json(INDEX)
-        files = _indexed_files(index, names)
+        files = _indexed_files(index, names, INDEX, ".safetensors", "safetensors file")
         if SINGLE in names and SINGLE not in files:
             raise LoftqError(
                 f"`{model}` holds the model twice: {SINGLE} and the shards of {INDEX}",
                 "transformers would load the first; keep one of them",
             )
-        return files, index
+        return Weights(files, index)
     if SINGLE in weights:
-        return (SINGLE,), None
+        return Weights((SINGLE,), None)
     if len(weights) > 1:
         raise LoftqError(
             f"`{model}` holds {len(weights)} safetensors files, {weights[0]} to {weights[-1]}, but no {INDEX}",
             f"if they are the shards of one model, get its {INDEX}; else leave one of them, as {SINGLE}",
         )
-    return tuple(weights), None
+    return Weights(tuple(weights), None)
+
+
+def _pickled(model: str, revision: str | None, names: set[str], read_json: ReadJson) -> Weights:
+    """The weights of a model that has them as pytorch_model.bin, or as shards of that."""
+    files: tuple[str, ...] = (PICKLE,)
+    index = None
+    if PICKLE not in names:  # of both, transformers loads the single file
+        given = read_json(PICKLE_INDEX)
+        files = _indexed_files(given, names, PICKLE_INDEX, ".bin", "pickle of torch")
+        weight_map = {name: _safe_name(file) for name, file in given["weight_map"].items()}
+        index = {**given, "weight_map": weight_map}
+    lines = conversion_lines(source_argument(model, revision), read_json("config.json"))
+    way_out = f"if you trust it, let transformers convert it, then give `{CONVERTED}`:\n{lines}"
+    return Weights(tuple(map(_safe_name, files)), index, {_safe_name(file): file for file in files}, way_out)
+
+
+def _safe_name(file: str) -> str:
+    """`pytorch_model-00001-of-00002.bin` → `model-00001-of-00002.safetensors`."""
+    return file.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
+
+
+def pickled_header(path: Path, stored_in: str, file: str, way_out: str) -> Header:
+    """What lies where in the pickle at `path`, called `stored_in`, that goes by the name `file`.
+
+    Raises:
+        LoftqError: it is damaged, or is not plain tensors by name.
+    """
+    try:
+        return read_pickled(path, stored_in, file)
+    except NotPlainError as error:
+        why = f"`{stored_in}` is a pickle that cannot be read without running what it says: {error}"
+        raise LoftqError(why, way_out) from None
 
 
 def check_index(index: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
@@ -79,16 +139,18 @@ def check_index(index: Mapping[str, Any], headers: Mapping[str, Header]) -> None
             raise LoftqError(f"`{file}` holds tensor `{extra[0]}`, which {INDEX} does not place there", hint)
 
 
-def refuse_quantized(model: str, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are quantized already."""
+def refuse_quantized(model: str, revision: str | None, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are quantized already, in fewer bits than fp8 or in another layout of it."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         entry = part.get("quantization_config") or part.get("compression_config")
-        if entry:
-            by = entry.get("quant_method", "another tool") if isinstance(entry, dict) else "another tool"
-            raise LoftqError(
-                f"`{model}` is already quantized, by {by}",
-                "start from the unquantized checkpoint that it was made from; its model card should name it",
-            )
+        if not entry or (isinstance(entry, dict) and is_fp8(entry)):
+            continue
+        by = str(entry.get("quant_method", "another tool") if isinstance(entry, dict) else "another tool")
+        hint = "start from the unquantized checkpoint that it was made from; its model card should name it"
+        if by in UNDONE:
+            lines = conversion_lines(source_argument(model, revision), config, quantized_by=by)
+            hint += f"; or from the values that are left, in `{CONVERTED}`:\n{lines}"
+        raise LoftqError(f"`{model}` is already quantized, by {by}", hint)
 
 
 def choose_side_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -100,64 +162,50 @@ def _like(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
-def _indexed_files(index: Mapping[str, Any], names: set[str]) -> tuple[str, ...]:
+def _indexed_files(index: Mapping[str, Any], names: set[str], called: str, suffix: str, kind: str) -> tuple[str, ...]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LoftqError(f"{INDEX} has no `weight_map`", "download it again")
+        raise LoftqError(f"{called} has no `weight_map`", "download it again")
     for file in weight_map.values():
         if not isinstance(file, str) or file != PurePath(file).name or "\\" in file or file == "..":
-            raise LoftqError(f"{INDEX} names `{file}`, which is no plain file name", "download it again")
-        if not file.endswith(".safetensors"):
-            raise LoftqError(f"{INDEX} names `{file}`, which is no safetensors file", "download it again")
+            raise LoftqError(f"{called} names `{file}`, which is no plain file name", "download it again")
+        if not file.endswith(suffix):
+            raise LoftqError(f"{called} names `{file}`, which is no {kind}", "download it again")
     files = sorted(set(weight_map.values()))
     if missing := [file for file in files if file not in names]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LoftqError(f"{INDEX} names `{missing[0]}`{others}, which is not there", "download what is missing")
+        raise LoftqError(f"{called} names `{missing[0]}`{others}, which is not there", "download what is missing")
     return tuple(files)
 
 
-def _no_weights(model: str, revision: str | None, names: set[str], read_json: ReadJson) -> LoftqError:
-    source = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
-    if ADAPTER_CONFIG in names:
-        base = read_json(ADAPTER_CONFIG).get("base_model_name_or_path")
+def _adapted(model: str, revision: str | None, names: set[str], read_json: ReadJson, weights: list[str]) -> LoftqError:
+    adapter = read_json(ADAPTER_CONFIG)
+    base = adapter.get("base_model_name_or_path")
+    has_tokenizer = any(_like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
+    lines = merge_lines(source_argument(model, revision), adapter, has_tokenizer)
+    if weights:
         return LoftqError(
-            f"`{model}` is an adapter for `{base}`, not a model",
-            f"give the base, or merge the adapter into it first:\n{_merge_lines(source)}",
+            f"`{model}` holds an adapter for `{base}` beside its weights, which loaders would put on them",
+            f"remove {ADAPTER_CONFIG} to quantize the weights as they are, or merge the adapter first, and give "
+            f"`{MERGED}`:\n{lines}",
         )
-    if any(_like(name, ["pytorch_model*.bin"]) for name in names):
-        config = read_json("config.json") if "config.json" in names else {}
-        return LoftqError(
-            f"`{model}` has its weights as pickle (pytorch_model.bin), which can run code when it is read",
-            f"if you trust it, convert it to safetensors:\n{_conversion_lines(source, config)}",
-        )
-    if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        lines = _conversion_lines(source, {}, gguf[0])
-        return LoftqError(
-            f"`{model}` has its weights as GGUF only ({gguf[0]})",
-            "start from the original checkpoint, or from the values that the GGUF file still has:\n" + lines,
-        )
-    listed = ", ".join(sorted(names)[:5]) or "no files"
-    return LoftqError(f"`{model}` has no safetensors weights ({listed})", "give the folder that holds the weights")
-
-
-def _conversion_lines(source: str, config: Mapping[str, Any], gguf: str | None = None) -> str:
-    """Three lines of Python that save the checkpoint as safetensors; `source` is its quoted name, with revision."""
-    remote = "auto_map" in config
-    names = config.get("architectures")
-    # `isidentifier`, because the line is there to be run and the config is not to be trusted
-    named = isinstance(names, list) and names and str(names[0]).isidentifier() and not remote
-    name = names[0] if names and named else "AutoModelForCausalLM"
-    imports, extra = ["AutoTokenizer", name], ", trust_remote_code=True" if remote else ""
-    if gguf:
-        imports, extra = [*imports, "GgufConfig"], ", quantization_config=GgufConfig(dequantize=True)"
-        source += f", gguf_file={json.dumps(gguf)}"
-    return (
-        f"from transformers import {', '.join(imports)}\n"
-        f'{name}.from_pretrained({source}{extra}, dtype="auto").save_pretrained("safetensors-model")\n'
-        f'AutoTokenizer.from_pretrained({source}).save_pretrained("safetensors-model")'
+    return LoftqError(
+        f"`{model}` is an adapter for `{base}`, not a model",
+        f"give the base, or merge the adapter into it first, and give `{MERGED}`:\n{lines}",
     )
 
 
-def _merge_lines(source: str) -> str:
-    model = f'AutoPeftModelForCausalLM.from_pretrained({source}, dtype="auto")'
-    return f'from peft import AutoPeftModelForCausalLM\n{model}.merge_and_unload().save_pretrained("merged-model")'
+def gguf_refusal(model: str, revision: str | None, file: str) -> LoftqError:
+    """The error for weights that are there as `file` in `model` only."""
+    return LoftqError(
+        f"`{model}` has its weights as GGUF only ({file})",
+        f"start from the original checkpoint, or from the values that the GGUF file still has, in `{CONVERTED}` "
+        f"(`pip install gguf` first):\n{conversion_lines(source_argument(model, revision), {}, file)}",
+    )
+
+
+def _no_weights(model: str, revision: str | None, names: set[str]) -> LoftqError:
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        return gguf_refusal(model, revision, gguf[0])
+    listed = ", ".join(sorted(names)[:5]) or "no files"
+    return LoftqError(f"`{model}` has no safetensors weights ({listed})", "give the folder that holds the weights")

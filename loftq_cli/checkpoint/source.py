@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id, near_folders
-from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header, sample_hash
-from loftq_cli.checkpoint.selection import check_index, choose_side_files, choose_weights, refuse_quantized
+from loftq_cli.checkpoint.files import fingerprint, near_folders, read_json
+from loftq_cli.checkpoint.fp8 import fold_scales
+from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id
+from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header
+from loftq_cli.checkpoint.selection import (
+    check_index,
+    choose_side_files,
+    choose_weights,
+    gguf_refusal,
+    pickled_header,
+    refuse_quantized,
+)
 from loftq_cli.checkpoint.streamed import Streamed
 from loftq_cli.errors import ConfigError, LoftqError
 
@@ -23,19 +30,21 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A safetensors checkpoint as its headers describe it.
+    """A checkpoint as its headers describe it: as safetensors, and dequantized, whatever it is.
 
     Attributes:
         model: folder or Hub id, as the user gave it.
         revision: the commit of a Hub id; None for a folder.
         config: the content of config.json.
-        files: the safetensors files, in order.
+        files: the safetensors files, in order; a pickle goes by the name of the safetensors file that stands for it.
         tensors: all tensors by name, in the order of file and offset.
         file_sizes: bytes of every file at the top of the checkpoint, by name.
         index: the content of model.safetensors.index.json, if there is one.
         side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code.
         metadata: the `__metadata__` of each safetensors file.
         fingerprint: sha256 over config.json, all headers, the sizes and the commit; no tensor is read for it.
+        stored_in: the files that go by another name: name → the file's own.
+        notes: what the user must know about how it is read.
         readme: the content of README.md, the model card; empty where there is none.
     """
 
@@ -51,15 +60,17 @@ class Checkpoint:
     fingerprint: str
     readme: str
     place: Folder | HubCommit | Streamed = field(repr=False)
+    stored_in: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def path(self, file: str) -> Path:
         """The local path of one file; that of a Hub id is downloaded now, unless it is in the cache."""
-        return self.place.path(file)
+        return self.place.path(self.stored_in.get(file, file))
 
     def release(self, file: str) -> None:
         """Learn that a file is not needed any more; what was fetched for this run alone is deleted."""
         if isinstance(self.place, Streamed):
-            self.place.release(file)
+            self.place.release(self.stored_in.get(file, file))
 
     @property
     def is_local(self) -> bool:
@@ -96,30 +107,47 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         LoftqError: there is no such model, or none that can be quantized; the hint says what to do.
     """
     place = _find(model, revision)
-    files, index = choose_weights(model, revision, place.sizes, lambda name: _read_json(place, name))
-    config = _read_json(place, "config.json")
-    refuse_quantized(model, config)
+    weights = choose_weights(model, revision, place.sizes, lambda name: read_json(place.path(name)))
+    files, index = weights.files, weights.index
+    config = read_json(place.path("config.json"))
+    refuse_quantized(model, revision, config)
+
+    def header(file: str) -> Header:
+        stored_in = weights.stored_in.get(file)
+        return (
+            pickled_header(place.path(stored_in), stored_in, file, weights.way_out) if stored_in else place.header(file)
+        )
+
     with ThreadPoolExecutor(8) as pool:
-        headers = dict(zip(files, pool.map(place.header, files), strict=True))
+        headers = dict(zip(files, pool.map(header, files), strict=True))
     if index is not None:
         check_index(index, headers)
     side_files = choose_side_files(place.sizes)
     if isinstance(place, Folder):
         for name in side_files:
             place.path(name)  # a link out of the folder is refused now, not after hours of work
+    stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
+    plain, tensors, note = fold_scales(place, config, stored)
     return Checkpoint(
         model=model,
         revision=place.revision,
-        config=config,
+        config=plain,
         files=files,
-        tensors={name: info for header in headers.values() for name, info in header.tensors.items()},
+        tensors=tensors,
         file_sizes=place.sizes,
         index=index,
         side_files=side_files,
         metadata={file: header.metadata for file, header in headers.items()},
-        fingerprint=_fingerprint(place, headers),
+        fingerprint=fingerprint(
+            place.revision,
+            place.path("config.json"),
+            headers,
+            lambda file: place.path(weights.stored_in.get(file, file)),
+        ),
         readme=place.path(README).read_text(encoding="utf-8", errors="replace") if README in place.sizes else "",
         place=place,
+        stored_in=weights.stored_in,
+        notes=(note,) if note else (),
     )
 
 
@@ -135,6 +163,8 @@ def _find(model: str, revision: str | None) -> Folder | HubCommit:
         if revision is not None:
             raise ConfigError(f"`--revision {revision}` is for Hub ids, but `{model}` is a local folder")
         return _folder(folder, None)
+    if is_there and folder.suffix == ".gguf":
+        raise gguf_refusal(str(folder.parent), None, folder.name)
     if is_there:
         raise LoftqError(f"`{model}` is a file", f"give the folder that holds it: `{folder.parent}`")
     if not is_repo_id(model):
@@ -148,23 +178,3 @@ def _folder(folder: Path, revision: str | None) -> Folder:
         return Folder(folder, revision, {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
     except OSError as error:
         raise LoftqError(f"cannot read `{folder}`: {error.strerror or error}") from error
-
-
-def _read_json(place: Folder | HubCommit, file: str) -> dict[str, Any]:
-    try:
-        content = json.loads(place.path(file).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise LoftqError(f"`{file}` is not JSON: {error}", "download or copy it again") from None
-    except OSError as error:
-        raise LoftqError(f"cannot read `{file}`: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise LoftqError(f"`{file}` is not a JSON object", "download or copy it again")
-    return content
-
-
-def _fingerprint(place: Folder | HubCommit, headers: dict[str, Header]) -> str:
-    parts = [place.revision or "", place.path("config.json").read_bytes().hex()]
-    parts += [f"{file} {header.file_bytes} {header.raw.hex()}" for file, header in headers.items()]
-    if place.revision is None:  # two checkpoints of one training run differ in nothing but their values
-        parts += [sample_hash(place.path(file), header) for file, header in headers.items()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -31,8 +31,8 @@ class Streamed:
         self._commit, self._files, self._folder = commit, list(files), folder
         self._fetched: dict[str, Future[Path]] = {}
         self._lock = threading.Lock()
-        for left in folder.glob("*.safetensors") if folder is not None else ():
-            if left.name not in self._files:  # a session ended between its last use and its deletion
+        for left in folder.iterdir() if folder is not None and folder.exists() else ():
+            if left.is_file() and left.name not in self._files:  # a session ended between its last use and its deletion
                 left.unlink()
 
     def path(self, file: str) -> Path:

@@ -58,9 +58,10 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     """
     alpha = plan.config.alpha
     assert alpha is not None, "a plan has decided it"
+    head = plan.targets.head
     return {
         "peft_type": "LORA",
-        "task_type": plan.targets.task_type,
+        "task_type": head.task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "r": plan.config.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -74,6 +75,7 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         "inference_mode": True,
         # the factors are in the file: any other value makes PEFT compute some, or quantize the base, while loading
         "init_lora_weights": True,
+        **({"modules_to_save": list(head.modules_to_save)} if head.modules_to_save else {}),
     }
 
 

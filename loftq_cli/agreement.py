@@ -1,0 +1,56 @@
+"""Whether a checkpoint and the model that its config describes say the same: asked before any work.
+
+Loaders refuse a tensor of another shape, and give a weight that no file holds random values, with a line in a log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.errors import LoftqError
+
+HINT = "config.json and the weights come from different saves: download or copy all of them again"
+
+
+def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, str], may_convert: bool) -> None:
+    """Refuse tensors of other shapes than the model's, and linear layers of its blocks that no file holds.
+
+    Args:
+        checkpoint: its headers.
+        model: on the meta device.
+        keys: tensor name → key of the state dict.
+        may_convert: other tensors are fused or split on loading, so a kind of layer that is in no file may come from
+            these.
+
+    Raises:
+        LoftqError: names the tensor.
+    """
+    state = model.state_dict()
+    for name, key in keys.items():
+        info, shape = checkpoint.tensors[name], list(state[key].shape)
+        if list(info.shape) != shape:
+            what = (
+                f"`{name}` in `{info.file}` has shape {list(info.shape)}, the model that config.json describes {shape}"
+            )
+            raise LoftqError(what, HINT)
+    there = set(keys.values())
+    kinds = {_kind(key) for key in there}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *ties.values()}
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
+    for path, module in model.named_modules():
+        key = f"{path}.weight"
+        if not isinstance(module, torch.nn.Linear) or _kind(key) == key or key in there or key in tied:
+            continue
+        if (may_convert and _kind(key) not in kinds) or any(re.search(pattern, key) for pattern in ignored):
+            continue
+        raise LoftqError(f"`{key}` is in none of the files, so that loaders would give it random values", HINT)
+
+
+def _kind(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", key)
