@@ -28,7 +28,7 @@ from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
-from loftq_cli.meta_model import build_to_run
+from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods import squared_norm
 from loftq_cli.methods.trained import Fit, alone
 from loftq_cli.outputs import Outputs
@@ -36,7 +36,6 @@ from loftq_cli.plan import Plan
 from loftq_cli.ranks import Ranks, processes_here
 from loftq_cli.resume import Stored, read_back
 from loftq_cli.stopwatch import Stopwatch
-from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
 
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
@@ -126,7 +125,7 @@ def run_blocks(
                     rows.append(visit(block))
                 outputs.spent(watch.seconds())
                 jobs = _jobs(plan, block).values() if again else ()
-                passed = sum(plan.checkpoint.tensors[job.tensor].nbytes for job in jobs)
+                passed = sum(plan.info(job).nbytes for job in jobs)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 
@@ -256,5 +255,5 @@ def _loaded(plan: Plan, job: WeightJob, stored: Stored, device: torch.device) ->
     base = {name: tensor.to(device) for name, tensor in stored[0].items()}
     lora_A, lora_B = (factor.to(device) for factor in stored[1])
     lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, plan.scaling)
-    values = from_store(plan.format, job.stored_prefix, base, plan.empty(job), job.transposed)
+    values = from_store(plan.format, job.place, base, plan.empty(job))
     return values, torch.addmm(values, lora_B, lora_A)

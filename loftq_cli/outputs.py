@@ -225,7 +225,7 @@ class Outputs:
 
     def _report(self, step: Step) -> None:
         if isinstance(step, WeightBatch):
-            sizes = [(job.module, self.plan.checkpoint.tensors[job.tensor].nbytes) for job in step.jobs]
+            sizes = [(job.module, self.plan.info(job).nbytes) for job in step.jobs]
             with self._lock:
                 self._finished += sizes
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.reader import TensorInfo
+from loftq_cli.adapters import adapter_layout
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
+from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, RemoteCode, to_store
+from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
 from loftq_cli.jobs import (
     WeightBatch,
     WeightJob,
-    apply_skips,
-    leave_outside_blocks,
+    about_experts,
+    choose_linears,
     make_batches,
     make_jobs,
     reasons,
@@ -89,7 +90,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Source bytes of the weights to quantize."""
-        return sum(self.checkpoint.tensors[job.tensor].nbytes for job in self.jobs)
+        return sum(self.info(job).nbytes for job in self.jobs)
 
     @property
     def parameters(self) -> int:
@@ -157,6 +158,12 @@ class Plan:
         """Weights in each batch, rising."""
         return sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
 
+    def info(self, job: WeightJob) -> TensorInfo:
+        """Where the source has the weight."""
+        info = lookup(self.checkpoint.tensors, job.tensor)
+        assert info is not None
+        return info
+
     def make_quantizer(self, job: WeightJob) -> Quantizer:
         """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""
         return make_quantizer(self.format, job.quantizer, job.bits, job.group_size, job.dtype, self.config.double_quant)
@@ -169,9 +176,9 @@ class Plan:
         """The tensors that `job` becomes in its shard."""
         alike = (job.shape, job.transposed, job.dtype, job.bits, job.group_size, job.quantizer)
         if alike not in self._stored:  # a model has few kinds of weights, and thousands of weights
-            self._stored[alike] = to_store(self.format, "", self.empty(job), job.transposed)
+            self._stored[alike] = to_store(self.format, Place("", job.transposed), self.empty(job))
         tensors = self._stored[alike].items()
-        return [TensorSpec(job.stored_prefix + suffix, t.dtype, tuple(t.shape)) for suffix, t in tensors]
+        return [TensorSpec(stored_name(self.format, job.place, key), t.dtype, tuple(t.shape)) for key, t in tensors]
 
 
 def adapter_metadata(base_sha256: str = "0" * 64) -> dict[str, str]:
@@ -185,15 +192,13 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     Raises:
         LoftqError: something in this model does not fit the options; names the tensors and the way out.
     """
-    linears, skipped, skipped_linears = apply_skips(targets, config.skip)
-    if config.method in CALIBRATED:
-        linears, skipped, skipped_linears = leave_outside_blocks(linears, skipped, skipped_linears)
+    linears, skipped, skipped_linears = choose_linears(targets, config)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
-    notes = [targets.note] if targets.note else []
+    notes = [note for note in (targets.note, about_experts(jobs)) if note]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
         chosen = decided.model_copy(update={"format": format_name})
@@ -203,7 +208,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
-            adapter_layout=_adapter_layout(jobs, chosen),
+            adapter_layout=adapter_layout(jobs, getattr(torch, chosen.adapter_dtype)),
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,
@@ -265,7 +270,9 @@ def _other_formats(build: Callable[..., Plan]) -> str:
 
 
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
-    jobs = {job.tensor: job for job in plan.jobs}
+    jobs: dict[str, list[WeightJob]] = {}
+    for job in plan.jobs:
+        jobs.setdefault(whole_name(job.tensor), []).append(job)
     shards = []
     elements = 0 if plan.is_calibrated else BATCH_ELEMENTS[torch.device(plan.config.device).type]
     for file in plan.checkpoint.files:
@@ -275,9 +282,9 @@ def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
         for info in plan.checkpoint.tensors.values():
             if info.file != file:
                 continue
-            if job := jobs.get(info.name):
-                of_shard.append(job)
-                layout.extend(plan.stored(job))
+            if of_tensor := jobs.get(info.name):
+                of_shard += of_tensor
+                layout += joined(spec for job in of_tensor for spec in plan.stored(job))
             else:
                 copies.append(info)
                 layout.append(TensorSpec(info.name, info.dtype, info.shape))
@@ -286,13 +293,3 @@ def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
         # copies first: they keep the disk busy while the first weights are computed
         shards.append(ShardPlan(file, (*copies, *batches), tuple(layout), metadata))
     return replace(plan, shards=tuple(shards), notes=notes)
-
-
-def _adapter_layout(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> tuple[TensorSpec, ...]:
-    dtype = getattr(torch, config.adapter_dtype)
-    layout = []
-    for job in jobs:
-        name_A, name_B = peft_adapter.tensor_names(job.module)
-        layout.append(TensorSpec(name_A, dtype, (config.rank, job.shape[1])))
-        layout.append(TensorSpec(name_B, dtype, (job.shape[0], config.rank)))
-    return tuple(layout)

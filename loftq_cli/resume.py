@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import TensorInfo, read_header, read_tensor
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_tensor
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
@@ -76,12 +76,12 @@ def find(out: Path, file: str, names: Sequence[str]) -> list[tuple[Path, TensorI
     """Where tensors of a file are, while it is whole or still grows."""
     path = growing(out, file) if growing(out, file).exists() else out / file
     infos = read_header(path).tensors
-    return [(path, infos[name]) for name in names]
+    return [(path, info) for name in names if (info := lookup(infos, name)) is not None]
 
 
 def adapter_names(batch: WeightBatch) -> list[str]:
     """The adapter's tensors for a batch."""
-    return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]
+    return [name for job in batch.jobs if job.rank for name in peft_adapter.tensor_names(job.module)]
 
 
 def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.files import hash_file
-from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, from_store
+from loftq_cli.formats.base import Format, Place, from_store, to_store
 from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
@@ -112,7 +112,7 @@ def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo]) 
     """What is wrong with the stored tensors and the factors of one row of the report, by their hashes."""
     violations = []
     for tensor, expected in row["sha256"].items():
-        info = infos.get(tensor)
+        info = lookup(infos, tensor)
         if info is None:
             violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
         elif hash_tensor(read_tensor(out / info.file, info)) != expected:
@@ -132,7 +132,7 @@ def _check_totals(report: dict[str, Any]) -> list[str]:
 
 def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Every tensor that was not quantized must be the source's, byte for byte."""
-    quantized = {row["tensor"] for row in report["weights"]}
+    quantized = {whole_name(row["tensor"]) for row in report["weights"]}
     violations = []
     for file in checkpoint.files:
         try:
@@ -193,13 +193,12 @@ def _recompute(
         try:
             W = _source_weight(checkpoint, row)
             base = stored_weight(out, stored, output, row, report["config"])
-            stored_A, stored_B = (stored_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
+            product = adapter_product(out, adapter, row, scaling)
         except LoftqError as error:
             violations.append(error.message)
             continue
-        lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
         residual = W - base
-        norm2, before2, after2 = squared_norm(torch.stack([W, residual, residual - lora_B @ lora_A])).tolist()
+        norm2, before2, after2 = squared_norm(torch.stack([W, residual, residual - product])).tolist()
         measured = {
             "relative_error": relative(after2, norm2),
             "relative_error_without_adapter": relative(before2, norm2),
@@ -208,17 +207,44 @@ def _recompute(
             if not abs(value - row[key]) <= TOLERANCE * max(1.0, value):
                 violations.append(f"`{row['tensor']}`: {key} is {value:.6f}, the report says {row[key]:.6f}")
         pairs.append((measured["relative_error"], norm2**0.5))
-        progress(row["name"], checkpoint.tensors[row["tensor"]].nbytes)
+        progress(row["name"], source_info(checkpoint, row).nbytes)
     return pairs, violations
 
 
-def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
-    info = checkpoint.tensors.get(row["tensor"])
-    transposed = row.get("transposed", False)
-    if info is None or list(info.shape) != (row["shape"][::-1] if transposed else row["shape"]):
+def adapter_product(out: Path, adapter: dict[str, TensorInfo], row: dict[str, Any], scaling: float) -> Tensor:
+    """What the adapter adds to the weight of a row of the report: float32 [m, n], zero where it has none.
+
+    Raises:
+        LoftqError: a factor is missing.
+    """
+    if row["rank"] == 0:
+        return torch.zeros(row["shape"])
+    stored_A, stored_B = (stored_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
+    lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
+    return lora_B @ lora_A
+
+
+def source_info(checkpoint: Checkpoint, row: dict[str, Any]) -> TensorInfo:
+    """Where the source has the weight of a row of the report.
+
+    Raises:
+        LoftqError: nowhere, or in another shape.
+    """
+    info = lookup(checkpoint.tensors, row["tensor"])
+    if info is None or list(info.shape) != (row["shape"][::-1] if row.get("transposed", False) else row["shape"]):
         raise LoftqError(f"`{row['tensor']}` {row['shape']} is not in the source")
+    return info
+
+
+def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
+    info = source_info(checkpoint, row)
     stored = read_tensor(checkpoint.path(info.file), info).float()
-    return stored.T.contiguous() if transposed else stored
+    return stored.T.contiguous() if row.get("transposed", False) else stored
+
+
+def place_of(row: dict[str, Any]) -> Place:
+    """Where the source has the weight of a row of the report, from which follow the names of its stored tensors."""
+    return Place(row["tensor"], row.get("transposed", False), "expert" in row)
 
 
 def stored_weight(
@@ -230,9 +256,9 @@ def stored_weight(
 ) -> Tensor:
     """The weight of a row of the report, dequantized from its stored tensors, float32 [m, n]."""
     like = stored_like(output, row, config)
-    prefix = row["tensor"].removesuffix(".weight")
-    tensors = {name: stored_tensor(out, stored, name) for name in output.tensors(prefix, like)}
-    return from_store(output, prefix, tensors, like, row.get("transposed", False))
+    place = place_of(row)
+    tensors = {name: stored_tensor(out, stored, name) for name in to_store(output, place, like)}
+    return from_store(output, place, tensors, like)
 
 
 def stored_like(output: Format, row: dict[str, Any], config: dict[str, Any]) -> QuantizedWeight:
@@ -248,6 +274,6 @@ def stored_tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
     Raises:
         LoftqError: it is in no file.
     """
-    if name not in infos:
+    if (info := lookup(infos, name)) is None:
         raise LoftqError(f"`{name}` is missing from the files")
-    return read_tensor(out / infos[name].file, infos[name])
+    return read_tensor(out / info.file, info)

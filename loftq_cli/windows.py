@@ -12,9 +12,8 @@ from loftq_cli.calibration.stand_in import WAY_OUT
 from loftq_cli.calibration.stream import ties_of
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
-from loftq_cli.meta_model import build_to_run
+from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.plan import Plan
-from loftq_cli.targets import state_keys
 
 LONGEST_WINDOW = 2048  # tokens, unless more are asked for
 

@@ -23,10 +23,10 @@ from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
-from loftq_cli.meta_model import build_to_run
+from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods.trained import Training, alone, train
 from loftq_cli.stopwatch import Stopwatch
-from loftq_cli.targets import find_targets, state_keys
+from loftq_cli.targets import find_targets
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
 from tests.test_eval import save_tokenizer

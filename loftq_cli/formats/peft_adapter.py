@@ -65,12 +65,13 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         "r": plan.config.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": plan.config.rslora,
-        "target_modules": target_modules((job.module for job in plan.jobs), all_module_names),
+        "target_modules": target_modules((job.module for job in plan.jobs if job.rank), all_module_names),
         "rank_pattern": {},
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(job.transposed for job in plan.jobs) and getattr(plan.format, "keeps_layers", False),
+        "fan_in_fan_out": any(job.transposed and job.rank for job in plan.jobs)
+        and getattr(plan.format, "keeps_layers", False),
         "inference_mode": True,
         # the factors are in the file: any other value makes PEFT compute some, or quantize the base, while loading
         "init_lora_weights": True,
