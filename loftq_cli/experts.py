@@ -8,11 +8,12 @@ projections that see the same input. Whatever the files hold, a job is the matri
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.formats.base import Place
@@ -153,6 +154,27 @@ def _checked(found: dict[str, ExpertSlot], model: Any) -> dict[str, ExpertSlot]:
         tensor: replace(slot, stack=replace(slot.stack, standard=False)) if slot.stack.module in modules else slot
         for tensor, slot in found.items()
     }
+
+
+def by_parameter(experts: Mapping[str, ExpertSlot]) -> dict[str, dict[str, ExpertSlot]]:
+    """The matrices of each parameter, by its name in the model."""
+    found: dict[str, dict[str, ExpertSlot]] = {}
+    for tensor, slot in experts.items():
+        found.setdefault(f"{slot.stack.module}.{slot.stack.parameter}", {})[tensor] = slot
+    return found
+
+
+def stacked(slots: Mapping[str, ExpertSlot], read: Callable[[str], Tensor]) -> Tensor:
+    """A parameter, [experts, m, n] or [experts, n, m], of matrices that `read` returns, by their tensors, as [m, n]."""
+    whole: Tensor | None = None
+    for tensor, slot in slots.items():
+        W, stack = read(tensor), slot.stack
+        rows, place = len(W), stack.pieces.index(slot.piece)
+        if whole is None:
+            whole = W.new_empty(stack.count, rows * len(stack.pieces), W.shape[1])
+        whole[slot.expert, place * rows : (place + 1) * rows] = W
+    assert whole is not None
+    return whole.mT.contiguous() if stack.transposed else whole
 
 
 def _converters(model: Any) -> list[Any]:

@@ -106,7 +106,7 @@ def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], boo
     batches: list[WeightBatch] = []
     filling: dict[object, list[WeightJob]] = {}
     for job in jobs:
-        how = (job.bits, job.group_size, job.quantizer, job.rank)
+        how = (job.bits, job.group_size, job.quantizer, job.rank, job.expert is None)
         alike = (job.shape, job.transposed, job.stored_dtype, job.dtype, *how)
         together = filling.setdefault(alike, [])
         together.append(job)

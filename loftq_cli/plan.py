@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,13 @@ from loftq_cli.adapters import adapter_layout
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
+from loftq_cli.choice import choose_format, other_formats
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
+from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
 from loftq_cli.jobs import (
+    BLOCK,
     WeightBatch,
     WeightJob,
     about_experts,
@@ -144,10 +146,11 @@ class Plan:
     def peak_device_bytes(self) -> int:
         """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
         if self.on_gpu and self.is_calibrated:  # moments of the widest inputs, or what trains; beside the block twice
-            blocks = Counter[str | None]()
+            blocks = Counter[str]()
             for job in self.jobs:
-                blocks[job.block] += math.prod(job.shape)
-            weights, widest = max(blocks.values()), max(job.shape[1] for job in self.jobs) * self.needs_moments
+                blocks[block[0] if (block := BLOCK.match(job.module)) else ""] += math.prod(job.shape)
+            widest = max((job.shape[1] for job in self.jobs if job.block), default=0) * self.needs_moments
+            weights = max(blocks.values())
             trained = GPU_TRAINED_BYTES * weights * (self.config.method == "apiq-bw")
             return max(GPU_MOMENT_BYTES * widest**2, trained) + 4 * weights
         together = min(GPU_ELEMENTS, sum(self._batches[-2:]))
@@ -217,14 +220,14 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
 
     if config.format == "auto":
         refuse_ragged_groups(jobs)
-        plan, why = _choose_format(build)
+        plan, why = choose_format(build)
         notes.append(why)
     else:
         plan = build(config.format)
         if config.format not in ("packed", "dense"):
             refuse_ragged_groups(jobs)
         if problem := plan.format.why_not(plan):
-            raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", _other_formats(build))
+            raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", other_formats(build))
     return _with_shards(plan, tuple(notes))
 
 
@@ -251,30 +254,17 @@ def output_index(plan: Plan) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _choose_format(build: Callable[..., Plan]) -> tuple[Plan, str]:
-    """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why."""
-    refusals: list[tuple[str, str]] = []
-    for name in AUTO_ORDER:
-        plan = build(name)
-        problem = plan.format.why_not(plan)
-        if problem is None:
-            why = "; ".join(f"not `{other}`: {reason}" for other, reason in refusals)
-            return plan, f"format `{name}`" + (f" ({why})" if why else " (first choice for these options)")
-        refusals.append((name, problem))
-    raise LoftqError("no format can hold this", "; ".join(f"`{name}`: {reason}" for name, reason in refusals))
-
-
-def _other_formats(build: Callable[..., Plan]) -> str:
-    holding = [name for name in FORMATS if (plan := build(name)).format.why_not(plan) is None]
-    return "these can: " + ", ".join(f"`--format {name}`" for name in holding) if holding else ""
-
-
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
     jobs: dict[str, list[WeightJob]] = {}
     for job in plan.jobs:
         jobs.setdefault(whole_name(job.tensor), []).append(job)
     shards = []
-    elements = 0 if plan.is_calibrated else BATCH_ELEMENTS[torch.device(plan.config.device).type]
+    elements = BATCH_ELEMENTS[torch.device(plan.config.device).type]
+
+    def may_stack(job: WeightJob) -> bool:
+        alone = plan.is_calibrated and job.expert is None  # the block loop, which has no experts, takes one by one
+        return not alone and stackable(plan.make_quantizer(job), *job.shape)
+
     for file in plan.checkpoint.files:
         copies: list[Step] = []
         layout: list[TensorSpec] = []
@@ -289,7 +279,7 @@ def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
                 copies.append(info)
                 layout.append(TensorSpec(info.name, info.dtype, info.shape))
         metadata = {"format": "pt", **plan.checkpoint.metadata.get(file, {})}
-        batches = make_batches(of_shard, lambda job: stackable(plan.make_quantizer(job), *job.shape), elements)
         # copies first: they keep the disk busy while the first weights are computed
-        shards.append(ShardPlan(file, (*copies, *batches), tuple(layout), metadata))
+        steps = (*copies, *make_batches(of_shard, may_stack, elements))
+        shards.append(ShardPlan(file, steps, tuple(layout), metadata))
     return replace(plan, shards=tuple(shards), notes=notes)

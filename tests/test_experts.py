@@ -25,11 +25,13 @@ from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.runtime import PackedExperts
 from loftq_cli.verify import verify
+from loftq_cli.windows import prepare
+from tests.test_eval import save_tokenizer
 from tests.test_resume import DRIVER, contents, without_times
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 160, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+    "num_key_value_heads": 2, "vocab_size": 300, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
 }  # fmt: skip
 MODELS = {
     "one by one": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES)),
@@ -60,6 +62,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
     model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
     for format in ("packed", "dense"):
         quantize(folder / "model", folder / format, format=format, **OPTIONS)
     return folder
@@ -360,3 +363,44 @@ def test_some_experts_left_out(folder: Path, tmp_path: Path) -> None:
     none = quantize(folder / "model", tmp_path / "none", format="packed", **{**skip, "skip": ("*.experts.*",)})
     assert not any("expert" in row for row in none["weights"])
     assert not packed_modules(load(tmp_path / "none"))
+
+
+# --- calibrated methods
+
+
+@pytest.mark.parametrize("method", ["cloq", "apiq-bw"])
+def test_calibrated_methods_see_the_experts_that_will_be_loaded(folder: Path, tmp_path: Path, method: str) -> None:
+    """Experts are quantized without text, and what is measured of a block is that of the model that is loaded."""
+    from peft import PeftModel
+
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(900)))
+    more = {"epochs": 1} if method == "apiq-bw" else {}
+    config = {
+        "bits": 2, "rank": 4, "group_size": 32, "iters": 1, "format": "packed", "device": "cpu", "samples": 4,
+        "seqlen": 32, "calibration": str(tmp_path / "text.txt"), "method": method, **more,
+    }  # fmt: skip
+    out = tmp_path / "out"
+    report = quantize(folder / "model", out, **config)
+    assert verify(out, str(folder / "model")).violations == ()
+    experts = [row for row in report["weights"] if "expert" in row]
+    assert len(experts) == len(expert_rows(folder / "packed"))
+    assert not any("output_error" in row for row in experts)
+    assert "chosen without looking at text" in (out / "README.md").read_text()
+    tokens = prepare(pipeline.plan_quantize(str(folder / "model"), pipeline.build_config(config)), 1).tokens
+    last, left = report["calibration"]["blocks"][-1], []
+    base = load(out, dtype=torch.float32)
+    for model in (load(folder / "model", dtype=torch.float32), base):
+        model.get_submodule(last["name"]).register_forward_hook(lambda _, __, out: left.append(out))
+        if model is base:
+            PeftModel.from_pretrained(base, out, subfolder="loftq_init").eval()
+        with torch.no_grad():
+            model(tokens)
+    expected = ((left[0] - left[1]).norm() / left[0].norm()).item()
+    assert last["output_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_finish_of_experts_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoftqError, match="finish") as refused:
+        quantize(folder / "model", tmp_path / "out", method="cloq", rank=4, group_size=32, finish_epochs=1)
+    assert "--finish-epochs" in refused.value.hint
+    assert not (tmp_path / "out").exists()
