@@ -83,7 +83,9 @@ def find_experts(
         if key in stacks:
             members.setdefault(key, {})[name] = Making(0) if pattern is None else converters[pattern]
     found: dict[str, ExpertSlot] = {}
-    for key, makings in members.items():
+    for key in stacks:  # in the order in which the model has them
+        if (makings := members.get(key)) is None:
+            continue
         module, _, parameter = key.rpartition(".")
         owner, shape = model.get_submodule(module), tuple(stacks[key].shape)
         standard = hasattr(owner, "is_transposed")

@@ -191,7 +191,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer,
                 block=block[0] if block else None,
-                rank=config.rank if expert is None else 0,
+                rank=config.rank if expert is None or config.experts_adapter else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
             )
@@ -240,6 +240,8 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
     Raises:
         LoftqError: with the largest rank that every weight takes, or other ways out.
     """
+    if config.experts_adapter and all(job.expert is None for job in jobs):
+        raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
     if too_small := [job for job in jobs if job.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(
@@ -247,6 +249,7 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
             f"the largest rank that every weight takes is `--rank {largest}`; or leave them out with `--skip`",
         )
     across = [job for job in jobs if job.quantizer == "nf" and job.shape[1] % job.group_size]
+    across = [job for job in across if job.expert is None]  # which get a weight-only method
     if across and (config.method == "cloq" or config.is_trained):
         raise LoftqError(
             f"`--method {config.method}` needs blocks that lie in one row each, and those of {across[0].group_size} "

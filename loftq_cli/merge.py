@@ -19,15 +19,8 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import to_store
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
-from loftq_cli.verify import (
-    adapter_product,
-    check_adapter,
-    check_tensors,
-    place_of,
-    read_report,
-    stored_like,
-    stored_weight,
-)
+from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
+from loftq_cli.verify import check_adapter, check_tensors, read_report
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
         raise LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
-    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE)
+    factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     weight_map: dict[str, str] = {}
     output = FORMATS[report["config"]["format"]]
     stored = {
@@ -81,7 +74,7 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
             for info in copies:
                 writer.write_chunks(info.name, read_chunks(out / name, info))
             for tensor, row in rows.items():
-                writer.write(tensor, _merged(out, report, row, header, adapter))
+                writer.write(tensor, _merged(out, report, row, header, factors))
                 if progress is not None:
                     progress(row["name"], 2 * math.prod(row["shape"]))
             writer.finish()
@@ -92,18 +85,18 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
     return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
 
 
-def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, adapter: Header) -> Tensor:
+def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, factors: Factors) -> Tensor:
     """The weight of `row` as the source has it, [m, n] or transposed, added up in float32.
 
     Raises:
         LoftqError: what it is made of has been changed.
     """
-    if violations := check_tensors(out, row, {**shard.tensors, **adapter.tensors}):
+    if violations := check_tensors(out, row, shard.tensors, factors):
         raise LoftqError(violations[0], f"see `loftq verify {out}`")
     base = stored_weight(out, shard.tensors, FORMATS[report["config"]["format"]], row, report["config"])
     written = report["adapter_config"]
     scaling = peft_adapter.scaling(written["r"], written["lora_alpha"], written["use_rslora"])
-    product = adapter_product(out, adapter.tensors, row, scaling)
+    product = factors.product(row, scaling)
     dtype: torch.dtype = getattr(torch, row["dtype"])
     merged = base.add_(product).to(dtype)
     return merged.T.contiguous() if row.get("transposed", False) else merged

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.adapters import adapter_layout
+from loftq_cli.adapters import EXPERT_FACTORS, adapter_layout, factor_specs, stacked_factors
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
@@ -20,6 +20,7 @@ from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
+from loftq_cli.formats.peft_adapter import StackedFactors
 from loftq_cli.jobs import (
     BLOCK,
     WeightBatch,
@@ -72,6 +73,7 @@ class Plan:
     format: Format
     jobs: tuple[WeightJob, ...]
     shards: tuple[ShardPlan, ...]
+    stacked: dict[str, StackedFactors]  # of experts with an adapter, by tensor
     adapter_layout: tuple[TensorSpec, ...]
     skipped: dict[str, str]
     skipped_linears: tuple[str, ...]
@@ -83,6 +85,17 @@ class Plan:
     def remote_code(self) -> RemoteCode | None:
         """The code that loads the checkpoint where nothing is installed that does, of a format that has one."""
         return getattr(self.format, "remote_code", lambda _: None)(self)
+
+    @cached_property
+    def factor_files(self) -> dict[str, tuple[TensorSpec, ...]]:
+        """The files that factors are written to as they come: the adapter's, and that of experts to be put together."""
+        dtype = getattr(torch, self.config.adapter_dtype)
+        parts = tuple(spec for job in self.jobs if job.tensor in self.stacked for spec in factor_specs(job, dtype))
+        return {ADAPTER_FILE: self.adapter_layout} | ({EXPERT_FACTORS: parts} if parts else {})
+
+    def factor_file(self, job: WeightJob) -> str:
+        """Which of them has those of `job`."""
+        return EXPERT_FACTORS if job.tensor in self.stacked else ADAPTER_FILE
 
     @property
     def block_paths(self) -> tuple[str, ...]:
@@ -201,6 +214,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
+    stacked = stacked_factors(jobs, targets.stacks)
     notes = [note for note in (targets.note, about_experts(jobs)) if note]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
@@ -211,7 +225,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
-            adapter_layout=adapter_layout(jobs, getattr(torch, chosen.adapter_dtype)),
+            stacked=stacked,
+            adapter_layout=adapter_layout(jobs, stacked, getattr(torch, chosen.adapter_dtype)),
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,

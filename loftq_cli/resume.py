@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loftq_cli.adapters import EXPERT_FACTORS
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_tensor
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
@@ -30,7 +31,8 @@ def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
         if not is_unfinished(growing(out, file), out / file, layout, metadata, written):
             written.clear()
 
-    forget(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
+    for file, layout in plan.factor_files.items():
+        forget(file, layout, adapter_metadata())
     for shard in plan.shards:
         if not is_whole(plan, shard, out, journal):
             journal.file(shard.file).sha256 = None
@@ -44,12 +46,16 @@ def growing(out: Path, file: str) -> Path:
 
 def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
     """Whether an earlier session finished this shard, and its files are still there."""
-    path, adapter = out / shard.file, journal.file(ADAPTER_FILE).written
+    path = out / shard.file
     return (
         journal.file(shard.file).sha256 is not None
         and path.exists()
         and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
-        and all(adapter.issuperset(adapter_names(step)) for step in shard.steps if isinstance(step, WeightBatch))
+        and all(
+            journal.file(plan.factor_file(step.first)).written.issuperset(adapter_names(step))
+            for step in shard.steps
+            if isinstance(step, WeightBatch)
+        )
     )
 
 
@@ -92,7 +98,8 @@ def check_disk(plan: Plan, out: Path, already_bytes: int = 0) -> None:
     """
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
-    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20) - already_bytes
+    factors = sum(spec.nbytes for spec in plan.factor_files.get(EXPERT_FACTORS, ()))
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + factors + (16 << 20) - already_bytes
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise LoftqError(

@@ -16,13 +16,12 @@ from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, Place, from_store, to_store
+from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.journal import JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
-from loftq_cli.quantizers.base import QuantizedWeight
 from loftq_cli.report import SCHEMA, base_fingerprint, pooled
+from loftq_cli.stored import Factors, stored_tensor, stored_weight
 from loftq_cli.worker import hash_tensor, relative
 
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
@@ -105,18 +104,24 @@ def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
                 infos.update(read_header(out / name, name).tensors)
             except LoftqError as error:
                 violations.append(error.message)
-    return violations + [text for row in report["weights"] for text in check_tensors(out, row, infos)]
+    factors = Factors(out, infos)
+    return violations + [text for row in report["weights"] for text in check_tensors(out, row, infos, factors)]
 
 
-def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo]) -> list[str]:
+def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo], factors: Factors) -> list[str]:
     """What is wrong with the stored tensors and the factors of one row of the report, by their hashes."""
     violations = []
+    names = peft_adapter.tensor_names(row["name"]) if row["rank"] else ()
     for tensor, expected in row["sha256"].items():
-        info = lookup(infos, tensor)
-        if info is None:
+        try:
+            stored = factors.of(row)[names.index(tensor)] if tensor in names else stored_tensor(out, infos, tensor)
+        except LoftqError:
             violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
-        elif hash_tensor(read_tensor(out / info.file, info)) != expected:
-            violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
+            continue
+        if hash_tensor(stored) != expected:
+            info = lookup(infos, tensor)
+            file = ADAPTER_FILE if info is None else info.file
+            violations.append(f"`{tensor}` in `{file}` is not what was written for `{row['tensor']}`")
     return violations
 
 
@@ -182,7 +187,7 @@ def _recompute(
     for name in report["files"]:
         if name.endswith(".safetensors") and name != ADAPTER_FILE:
             stored.update(read_header(out / name, name).tensors)
-    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors
+    factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     adapter_config = json.loads((out / "loftq_init/adapter_config.json").read_text(encoding="utf-8"))
     scaling = peft_adapter.scaling(adapter_config["r"], adapter_config["lora_alpha"], adapter_config["use_rslora"])
     output = FORMATS[report["config"]["format"]]
@@ -193,7 +198,7 @@ def _recompute(
         try:
             W = _source_weight(checkpoint, row)
             base = stored_weight(out, stored, output, row, report["config"])
-            product = adapter_product(out, adapter, row, scaling)
+            product = factors.product(row, scaling)
         except LoftqError as error:
             violations.append(error.message)
             continue
@@ -209,19 +214,6 @@ def _recompute(
         pairs.append((measured["relative_error"], norm2**0.5))
         progress(row["name"], source_info(checkpoint, row).nbytes)
     return pairs, violations
-
-
-def adapter_product(out: Path, adapter: dict[str, TensorInfo], row: dict[str, Any], scaling: float) -> Tensor:
-    """What the adapter adds to the weight of a row of the report: float32 [m, n], zero where it has none.
-
-    Raises:
-        LoftqError: a factor is missing.
-    """
-    if row["rank"] == 0:
-        return torch.zeros(row["shape"])
-    stored_A, stored_B = (stored_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
-    lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
-    return lora_B @ lora_A
 
 
 def source_info(checkpoint: Checkpoint, row: dict[str, Any]) -> TensorInfo:
@@ -240,40 +232,3 @@ def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
     info = source_info(checkpoint, row)
     stored = read_tensor(checkpoint.path(info.file), info).float()
     return stored.T.contiguous() if row.get("transposed", False) else stored
-
-
-def place_of(row: dict[str, Any]) -> Place:
-    """Where the source has the weight of a row of the report, from which follow the names of its stored tensors."""
-    return Place(row["tensor"], row.get("transposed", False), "expert" in row)
-
-
-def stored_weight(
-    out: Path,
-    stored: dict[str, TensorInfo],
-    output: Format,
-    row: dict[str, Any],
-    config: dict[str, Any],
-) -> Tensor:
-    """The weight of a row of the report, dequantized from its stored tensors, float32 [m, n]."""
-    like = stored_like(output, row, config)
-    place = place_of(row)
-    tensors = {name: stored_tensor(out, stored, name) for name in to_store(output, place, like)}
-    return from_store(output, place, tensors, like)
-
-
-def stored_like(output: Format, row: dict[str, Any], config: dict[str, Any]) -> QuantizedWeight:
-    """The quantized form of the weight of a row of the report, on the meta device."""
-    dtype, double_quant = getattr(torch, row["dtype"]), config["double_quant"]
-    quantizer = make_quantizer(output, row["quantizer"], row["bits"], row["group_size"], dtype, double_quant)
-    return quantizer.empty(*row["shape"])
-
-
-def stored_tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
-    """One tensor of an output, by its name.
-
-    Raises:
-        LoftqError: it is in no file.
-    """
-    if (info := lookup(infos, name)) is None:
-        raise LoftqError(f"`{name}` is missing from the files")
-    return read_tensor(out / info.file, info)

@@ -37,6 +37,7 @@ class WeightRow:
     group_size: int
     quantizer: str
     rank: int
+    stacked: peft_adapter.StackedFactors | None  # where the adapter has its factors, if with those of other weights
     device: str  # the CPU's where the GPU had no room
     iterations: int
     relative_error: float
@@ -127,6 +128,7 @@ class BatchResult:
                 group_size=job.group_size,
                 quantizer=job.quantizer,
                 rank=job.rank,
+                stacked=self.plan.stacked.get(job.tensor),
                 device=self.device.type,
                 iterations=int(iterations),
                 relative_error=relative(after, norm),
@@ -177,7 +179,9 @@ def decompose(
         return method(target, quantizer, config.rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
     W = weights if weights.is_cuda else weights.float()
-    return METHODS.get(name, METHODS["loftq"])(W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+    return METHODS.get(name, METHODS["loftq"])(
+        W, quantizer, batch.first.rank, iters=config.iters, seeds=seeds, timed=watch
+    )
 
 
 def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, watch: Stopwatch) -> BatchResult:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loftq_cli import pipeline, plan, quantize
 from loftq_cli.errors import LoftqError
 from loftq_cli.merge import merge
+from loftq_cli.methods import METHODS, seed_for
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.runtime import PackedExperts
@@ -404,3 +406,124 @@ def test_a_finish_of_experts_is_refused_before_any_work(folder: Path, tmp_path: 
         quantize(folder / "model", tmp_path / "out", method="cloq", rank=4, group_size=32, finish_epochs=1)
     assert "--finish-epochs" in refused.value.hint
     assert not (tmp_path / "out").exists()
+
+
+# --- an adapter on experts
+
+ADAPTED = {**OPTIONS, "double_quant": False, "experts_adapter": True, "adapter_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path) -> Path:
+    quantize(folder / "model", folder / "adapted", **ADAPTED, rslora=True)
+    return folder / "adapted"
+
+
+def wrappers(model: Any) -> dict[str, Any]:
+    """PEFT's wrappers, by the name of the parameter that each adapts."""
+    return {
+        f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}": module
+        for name, module in model.named_modules()
+        if type(module).__name__ == "ParamWrapper"
+    }
+
+
+def attach(out: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load(out), out, subfolder="loftq_init", is_trainable=True)
+
+
+def test_peft_adds_what_the_method_makes_of_each_expert(folder: Path, adapted: Path) -> None:
+    report, source, model = report_of(adapted), load(folder / "model"), attach(adapted)
+    assert report["config"]["format"] == "dense"
+    found = wrappers(model)
+    assert len(found) == 4
+    products: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for row in expert_rows(adapted):
+        assert row["rank"] == 4
+        path, _, piece = row["name"].rpartition(".")
+        parameter = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}.get(piece, piece)
+        name = f"{path.rpartition('.')[0]}.{parameter}"
+        stack = source.get_parameter(name).detach()[row["expert"]]
+        W = (
+            stack.mT
+            if row.get("transposed")
+            else stack[{"w1": slice(96), "w3": slice(96, None)}.get(piece, slice(None))]
+        )
+        quantizer = QUANTIZERS["lloyd"](bits=row["bits"], group_size=32)
+        seeds = [seed_for(0, row["tensor"])]
+        made = METHODS["loftq"](W.contiguous()[None], quantizer, 4, iters=2, seeds=seeds)
+        products.setdefault(name, {}).setdefault(row["expert"], {})[piece] = made.factors.product()[0].double()
+        error = W.double() - dequantize(made.quantized).double() - products[name][row["expert"]][piece]
+        assert row["relative_error"] == pytest.approx((error.norm() / W.double().norm()).item(), rel=1e-4)
+    assert found.keys() == products.keys()
+    for name, module in found.items():
+        delta = module.get_delta_weight("default").double()
+        for expert, pieces in products[name].items():
+            whole = torch.cat([pieces[piece] for piece in sorted(pieces)])
+            whole = whole.mT if module.get_base_layer().is_transposed else whole
+            assert close(delta[expert], whole, 1e-5), (name, expert)
+    # and so does the model that PEFT runs: that of the source is as near as the report says
+    with torch.no_grad():
+        for name, module in found.items():
+            source.get_parameter(name).copy_(module.get_param() + module.get_delta_weight("default"))
+        for name, layer in model.named_modules():
+            if hasattr(layer, "get_delta_weight") and type(layer).__name__ != "ParamWrapper":
+                weight = source.get_submodule(name.removeprefix("base_model.model.")).weight
+                weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+    assert close(model(TOKENS).logits, source(TOKENS).logits)
+    model(TOKENS).logits.square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "experts" in n and p.requires_grad
+    )
+
+
+def test_an_adapter_on_experts_is_verified_merged_and_told(folder: Path, adapted: Path, tmp_path: Path) -> None:
+    assert verify(adapted, str(folder / "model")).violations == ()
+    merge(adapted, tmp_path / "merged")
+    assert close(load(tmp_path / "merged")(TOKENS).logits, attach(adapted)(TOKENS).logits)
+    assert "have their bits, and an adapter each" in (adapted / "README.md").read_text()
+    changed = tmp_path / "changed"
+    for path in adapted.rglob("*"):
+        if path.is_file():
+            (changed / path.relative_to(adapted)).parent.mkdir(exist_ok=True, parents=True)
+            (changed / path.relative_to(adapted)).write_bytes(path.read_bytes())
+    file = changed / "loftq_init/adapter_model.safetensors"
+    with safe_open(adapted / "loftq_init/adapter_model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("mlp.experts.lora_B.weight"))
+    tensors[name][5, 3] += 1  # columns count experts fastest
+    save_file(tensors, file, metadata)
+    (violation,) = [text for text in verify(changed).violations if "lora_B" in text]
+    assert ".experts.3." in violation
+
+
+def test_an_adapter_on_experts_survives_a_kill(folder: Path, adapted: Path, tmp_path: Path) -> None:
+    options = {**ADAPTED, "rslora": True}
+    points = [
+        (str(tmp_path / f"{where}{nth}"), where, nth, when, 0)
+        for where, nth, when in (("Journal.commit", 5, "after"), ("pipeline.write_file", 1, "after"))
+    ]
+    driver = [sys.executable, "-c", DRIVER, str(folder / "model"), json.dumps(points), json.dumps(options)]
+    assert subprocess.check_output(driver, text=True).split() == [str(int(signal.SIGKILL))] * len(points)
+    for out, *_ in points:
+        quantize(folder / "model", out, resume=True, **options)
+        actual, named = contents(Path(out)), "loftq_init/adapter_config.json"
+        actual[named] = actual[named].replace(out.encode(), str(adapted).encode())
+        assert actual == contents(adapted)
+
+
+@pytest.mark.parametrize("format", ["packed", "gptq", "bnb"])
+def test_an_adapter_on_experts_is_refused_where_peft_has_no_parameter(
+    folder: Path, tmp_path: Path, format: str
+) -> None:
+    with pytest.raises(LoftqError, match="experts"):
+        quantize(folder / "model", tmp_path / "out", bits=4, group_size=32, rank=4, format=format, experts_adapter=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_experts_of_a_model_without_any_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoftqError, match="no experts"):
+        quantize(tiny_llama, tmp_path / "out", rank=4, experts_adapter=True)

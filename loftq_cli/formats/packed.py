@@ -87,6 +87,8 @@ def _why_not_experts(plan: Plan) -> str | None:
     for module, stacks in modules.items():
         if not any(jobs[stack] for stack in stacks):
             continue
+        if plan.config.experts_adapter:
+            return "PEFT adds what `--experts-adapter` makes to all experts of a layer at once, dense"
         if not all(stack.standard for stack in stacks) or {stack.parameter for stack in stacks} not in PARAMETERS:
             return f"it has no layer for the experts of `{module}`"
         if part := next((stack for stack in stacks if jobs[stack] < stack.count * len(stack.pieces)), None):
