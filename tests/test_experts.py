@@ -352,6 +352,33 @@ def test_formats_that_cannot_hold_experts_say_so(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_compressed_tensors_holds_experts_that_the_files_have_one_by_one(folder: Path, tmp_path: Path) -> None:
+    options = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "format": "compressed-tensors", "device": "cpu"}
+    if not is_one_by_one(folder):
+        with pytest.raises(LoftqError, match="one by one"):
+            quantize(folder / "model", tmp_path / "never", **options)
+        return
+    with pytest.raises(LoftqError, match="not float16") as refused:
+        quantize(folder / "model", tmp_path / "never", **options)
+    assert "--format packed" in refused.value.hint
+    half = tmp_path / "half"
+    load(folder / "model", dtype=torch.float16).save_pretrained(half)
+    quantize(half, tmp_path / "out", **options)
+    assert verify(tmp_path / "out", str(half)).violations == ()
+    source, loaded = load(half), load(tmp_path / "out")
+    quantizer = QUANTIZERS["uniform-symmetric"](bits=3, group_size=16, dtype=torch.float16)
+    for name, stack in source.named_parameters():
+        if ".experts." in name:
+            Q = loaded.get_parameter(name)
+            assert Q.dtype == torch.float16
+            for W, made in zip(stack, Q, strict=True):
+                assert torch.equal(made.float(), dequantize(quantizer.quantize(W.detach().float()))), name
+    assert loaded(TOKENS).logits.isfinite().all()
+    with pytest.raises(LoftqError, match="unless all are quantized"):
+        quantize(half, tmp_path / "never", **options, skip=("*.w2",))
+    assert not (tmp_path / "never").exists()
+
+
 def test_some_experts_left_out(folder: Path, tmp_path: Path) -> None:
     skip = {**OPTIONS, "bits_for": {}, "skip": ("*.experts.0.*",)}
     for format in ("packed", "dense"):
