@@ -20,7 +20,7 @@ from loftq_cli.worker import quantize_batch
 
 def load_batch(plan: Plan, batch: WeightBatch, loader: Loader, lanes: Lanes, outputs: Outputs) -> Loading:
     """Begin to read a batch; onto the CPU where the GPU has no room even when nothing else is on it."""
-    infos = [plan.checkpoint.tensors[job.tensor] for job in batch.jobs]
+    infos = [plan.info(job) for job in batch.jobs]
     tensors = [(plan.checkpoint.path(info.file), info) for info in infos]
     with suppress(torch.OutOfMemoryError):
         return loader.load(tensors)

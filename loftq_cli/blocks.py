@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,23 @@ from loftq_cli.calibration.activations import Activations, available_bytes
 from loftq_cli.calibration.observe import LayerErrors, compare, row_fields
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.calibration.text import Calibration
+from loftq_cli.checkpoint.reader import lookup, read_tensor
 from loftq_cli.errors import LoftqError
+from loftq_cli.experts import by_parameter, stacked
 from loftq_cli.finishing import Factors, finish, finished, keep
 from loftq_cli.fitting import STEP_TOKENS, Block, Share, fit, micro_batches, read_weight
 from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
-from loftq_cli.meta_model import build_to_run
+from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods import squared_norm
 from loftq_cli.methods.trained import Fit, alone
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
 from loftq_cli.ranks import Ranks, processes_here
-from loftq_cli.resume import Stored, read_back
+from loftq_cli.resume import Stored, find, read_back
 from loftq_cli.stopwatch import Stopwatch
-from loftq_cli.targets import state_keys
 from loftq_cli.worker import BatchResult, relative, store
 
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
@@ -102,9 +104,19 @@ def run_blocks(
     # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
     dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
     folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
+    experts = by_parameter(plan.targets.experts)
+    read_source = partial(_source_expert, plan)
+    made = {key: partial(stacked, slots, read_source) for key, slots in experts.items()}
     stream = BlockStream(
-        model, plan.checkpoint, names, plan.targets.transposed, plan.block_paths, tokens, parts, device, dtype, folder
-    )
+        model, plan.checkpoint, names, plan.targets.transposed, made, plan.block_paths, tokens, parts, device, dtype,
+        folder,
+    )  # fmt: skip
+    jobs_of_experts = {job.tensor: job for job in plan.jobs if job.expert is not None}
+
+    def read_quantized(tensor: str) -> Tensor:
+        job = jobs_of_experts.get(tensor)  # else it was left out
+        return read_source(tensor) if job is None else _quantized_expert(plan, outputs.out, job)
+
     missing = {batch.first.tensor for batch in batches}
     put = outputs.put if ranks.rank == 0 else _leave_it
     rewrite = outputs.rewrite if ranks.rank == 0 else _leave_it
@@ -122,15 +134,20 @@ def run_blocks(
                 tell(f"{stack.path}.{number}", passed)
                 with stream.loaded(stack, number) as module, torch.no_grad():
                     watch = Stopwatch(torch.device("cpu"))  # each of its stages ends by waiting for the device
-                    block = Block(stream, stack, number, copy.deepcopy(module), module, source, quantized, share, watch)
+                    source_module = copy.deepcopy(module)
+                    for key in (key for key in experts if key.startswith(f"{stack.path}.{number}.")):
+                        parameter = module.get_parameter(key.removeprefix(f"{stack.path}.{number}."))
+                        parameter.copy_(stacked(experts[key], read_quantized))
+                    block = Block(stream, stack, number, source_module, module, source, quantized, share, watch)
                     rows.append(visit(block))
                 outputs.spent(watch.seconds())
                 jobs = _jobs(plan, block).values() if again else ()
-                passed = sum(plan.checkpoint.tensors[job.tensor].nbytes for job in jobs)
+                passed = sum(plan.info(job).nbytes for job in jobs)
             source_ends[stack.path], quantized_ends[stack.path] = source.hidden, quantized.hidden
         return rows, source_ends
 
-    outputs.drain()  # no shard is renamed while weights of earlier sessions are read back
+    outputs.drain()  # no shard is renamed while weights of earlier sessions, or those of experts, are read back
+    ranks.wait()
     trained = finished(outputs.out)
     if trained is not None and missing:
         raise LoftqError(f"files of `{outputs.out}` were lost after its finish", "begin again with `--overwrite`")
@@ -163,6 +180,21 @@ def _folder_for_activations(plan: Plan, bytes_per_feature: int, out: Path) -> Pa
     budget = plan.config.activation_budget
     may = available_bytes() // (2 * processes_here()) if budget is None else int(budget * 2**30)
     return out / WORK_FOLDER if streams * bytes_per_feature * width > may else None
+
+
+def _source_expert(plan: Plan, tensor: str) -> Tensor:
+    """The source's matrix [m, n] of an expert."""
+    info = lookup(plan.checkpoint.tensors, tensor)
+    assert info is not None
+    stored = read_tensor(plan.checkpoint.path(info.file), info)
+    return stored.T if tensor in plan.targets.transposed else stored
+
+
+def _quantized_expert(plan: Plan, out: Path, job: WeightJob) -> Tensor:
+    """The matrix [m, n] of an expert as the loaded model will have it, from what is written."""
+    names = [spec.name for spec in plan.stored(job)]
+    stored = {name: read_tensor(*there) for name, there in zip(names, find(out, job.file, names), strict=True)}
+    return from_store(plan.format, job.place, stored, plan.empty(job))
 
 
 def _leave_it(*arguments: Any) -> None:
@@ -256,5 +288,5 @@ def _loaded(plan: Plan, job: WeightJob, stored: Stored, device: torch.device) ->
     base = {name: tensor.to(device) for name, tensor in stored[0].items()}
     lora_A, lora_B = (factor.to(device) for factor in stored[1])
     lora_A, lora_B = peft_adapter.applied_factors(lora_A, lora_B, plan.scaling)
-    values = from_store(plan.format, job.stored_prefix, base, plan.empty(job), job.transposed)
+    values = from_store(plan.format, job.place, base, plan.empty(job))
     return values, torch.addmm(values, lora_B, lora_A)

@@ -14,6 +14,7 @@ from loftq_cli.journal import CHART_FILE
 from loftq_cli.plan import Plan
 from loftq_cli.report import (
     PLACEHOLDER,
+    about_experts,
     base_fingerprint,
     error_columns,
     in_figures,
@@ -66,11 +67,12 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     skips = "\n".join(
         f"- {count} × {reason}, e.g. `{first}`" for reason, count, first in skip_counts(report["skipped"])
     )
-    told = {key: config[key] for key in SETTINGS} | _calibration(report)
-    settings = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in told.items())
+    chosen = {key: config[key] for key in SETTINGS} | _calibration(report)
+    settings = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in chosen.items())
     calibrated = config["method"] in CALIBRATED
     aim = "says what the original model says, as nearly" if calibrated else "is as near to the original weights"
-    training = f"{sentence[0].upper()}{sentence[1:]}.\n\n" if (sentence := trained(report)) else ""
+    told = [sentence for sentence in (about_experts(report), trained(report)) if sentence]
+    more = "".join(f"{sentence[0].upper()}{sentence[1:]}.\n\n" for sentence in told)
     load = "\n".join(load_lines(report, PLACEHOLDER))
     notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
     fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
@@ -105,7 +107,7 @@ as the method makes it.
 
 ![Error of every block, of the base alone and with the adapter]({CHART_FILE})
 
-{training}Settings: {settings}.
+{more}Settings: {settings}.
 
 ## Kept as it was
 

@@ -85,6 +85,7 @@ def quantize(
     rslora: options.Rslora = None,
     iters: options.Iters = None,
     adapter_dtype: options.AdapterDtype = None,
+    experts_adapter: options.ExpertsAdapter = None,
     calibration: options.Calibration = None,
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -116,6 +117,7 @@ def quantize(
         "bits": bits, "quantizer": quantizer, "group_size": group_size, "format": format, "double_quant": double_quant,
         "skip": tuple(skip) if skip else None, "bits_for": bits_for or None, "method": method,
         "rank": rank, "alpha": alpha, "rslora": rslora, "iters": iters, "adapter_dtype": adapter_dtype,
+        "experts_adapter": experts_adapter,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "init": init, "epochs": epochs,
         "factor_lr": factor_lr, "clip_lr": clip_lr, "code_lr": code_lr, "augmented": augmented,
         "finish_epochs": finish_epochs, "finish_lr": finish_lr, "activation_budget": activation_budget,
@@ -136,7 +138,7 @@ def quantize(
 
         plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
         for note in plan.notes:
-            (output.note if note.startswith("format") else output.warning)(note)
+            (output.note if note.startswith(("format", "experts")) else output.warning)(note)
         if dry_run:
             text = prepare(plan, 1) if plan.is_calibrated else None
             if text is not None:

@@ -62,6 +62,7 @@ class QuantizeConfig(BaseModel):
     rslora: bool = False
     iters: int = Field(default=5, ge=1)
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    experts_adapter: bool = False
 
     calibration: str | None = None
     samples: int = Field(default=128, ge=1)

@@ -146,7 +146,7 @@ class _LiveWeight(nn.Module):
         there = {name: read_tensor(path, info).to(self._stream.device) for name, (path, info) in self._infos.items()}
         with torch.no_grad():
             job, like = self._job, self._plan.empty(self._job)
-            return from_store(self._plan.format, job.stored_prefix, there, like, job.transposed)
+            return from_store(self._plan.format, job.place, there, like)
 
 
 @contextmanager

@@ -208,6 +208,6 @@ def _how(plan: Plan) -> Training:
 
 def read_weight(plan: Plan, job: WeightJob, device: torch.device) -> Tensor:
     """The source's weight [m, n] on the device, in the dtype that is stored."""
-    info = plan.checkpoint.tensors[job.tensor]
+    info = plan.info(job)
     stored = read_tensor(plan.checkpoint.path(info.file), info).to(device)
     return stored.T.contiguous() if job.transposed else stored

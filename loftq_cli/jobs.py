@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.reader import lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.config import QuantizeConfig
+from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
-from loftq_cli.targets import FLOATS, Targets
+from loftq_cli.experts import FLOATS, ExpertSlot
+from loftq_cli.formats.base import Place
+from loftq_cli.targets import Targets
 
 BLOCK = re.compile(r"(.*?)\.(\d+)(?=\.)")  # the start of a module's name: the list of blocks, and which of them
 SLICE = re.compile(r"blocks\[(-?\d+|\d+(?:\.\d+)?%|):(-?\d+|\d+(?:\.\d+)?%|)\]")
@@ -25,8 +28,9 @@ class WeightJob:
     """One weight to quantize.
 
     `dtype` is what the loader will have the weight in: `stored_dtype`, the file's, or the narrower one that config.json
-    names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`. `transposed`: the file has it
-    as [n, m].
+    names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`, where a calibrated method
+    reaches it. `transposed`: the file has it as [n, m]. `rank` is that of its adapter: 0 where it has none. `tensor` of
+    an expert may be a slice of one, `name[3]`.
     """
 
     tensor: str
@@ -39,12 +43,14 @@ class WeightJob:
     group_size: int
     quantizer: str
     block: str | None
+    rank: int
     transposed: bool = False
+    expert: ExpertSlot | None = None
 
     @property
-    def stored_prefix(self) -> str:
-        """The tensor's name without `.weight`: what the names of its quantized tensors begin with."""
-        return self.tensor.removesuffix(".weight")
+    def place(self) -> Place:
+        """Where it is in the source, from which follow the names of its quantized tensors."""
+        return Place(self.tensor, self.transposed, self.expert is not None)
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,31 @@ class WeightBatch:
         return len(self.jobs) * math.prod(self.first.shape)
 
 
-def leave_outside_blocks(
-    linears: dict[str, str], skipped: dict[str, str], skipped_linears: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """Move the linears in no block to the skipped: the block loop has nothing that reaches them (see `apply_skips`)."""
-    outside = {tensor: module for tensor, module in linears.items() if not BLOCK.match(module)}
-    inside = {tensor: module for tensor, module in linears.items() if tensor not in outside}
-    reasons = dict.fromkeys(outside, "outside the transformer blocks, which alone a calibrated method runs")
-    return inside, {**skipped, **reasons}, (*skipped_linears, *outside.values())
+def choose_linears(targets: Targets, config: QuantizeConfig) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """What becomes jobs (tensor → module); what does not, and why (tensor → reason); and its modules.
+
+    Raises:
+        LoftqError: a glob of `skip` matches nothing.
+    """
+    linears, skipped, skipped_linears = apply_skips(targets, config.skip)
+    if config.method in CALIBRATED:  # the block loop has nothing that reaches them; experts get a weight-only method
+        why = "outside the transformer blocks, which alone a calibrated method runs"
+        outside = {t: name for t, name in linears.items() if not BLOCK.match(name) and t not in targets.experts}
+        skipped, skipped_linears = {**skipped, **dict.fromkeys(outside, why)}, (*skipped_linears, *outside.values())
+        linears = {tensor: module for tensor, module in linears.items() if tensor not in outside}
+    if config.format == "bnb":
+        why = "experts stay in 16 bits in `bnb`, whose loader quantizes layers alone: `--format packed` holds them"
+        skipped |= {whole_name(tensor): why for tensor in linears if tensor in targets.experts}
+        linears = {tensor: module for tensor, module in linears.items() if tensor not in targets.experts}
+    return linears, skipped, skipped_linears
+
+
+def about_experts(jobs: Iterable[WeightJob]) -> str | None:
+    """What the user should know of the experts' weights."""
+    experts = [job for job in jobs if job.expert is not None]
+    if not experts or experts[0].rank:
+        return None
+    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one)"
 
 
 def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:
@@ -83,7 +106,8 @@ def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], boo
     batches: list[WeightBatch] = []
     filling: dict[object, list[WeightJob]] = {}
     for job in jobs:
-        alike = (job.shape, job.transposed, job.stored_dtype, job.dtype, job.bits, job.group_size, job.quantizer)
+        how = (job.bits, job.group_size, job.quantizer, job.rank, job.expert is None)
+        alike = (job.shape, job.transposed, job.stored_dtype, job.dtype, *how)
         together = filling.setdefault(alike, [])
         together.append(job)
         if (len(together) + 1) * math.prod(job.shape) > elements or not may_stack(job):
@@ -103,9 +127,22 @@ def apply_skips(targets: Targets, globs: Iterable[str]) -> tuple[dict[str, str],
         if not matched:
             raise _no_match("--skip", glob, targets.linears.values())
         for tensor in matched:
-            skipped_linears.append(linears.pop(tensor))
-            skipped[tensor] = f"`--skip {glob}`"
+            module = linears.pop(tensor)
+            if tensor not in targets.experts:  # which are no layers that a loader could replace
+                skipped_linears.append(module)
+            skipped[whole_name(tensor)] = f"`--skip {glob}`"
+    _refuse_parts(linears, skipped)
     return linears, skipped, tuple(skipped_linears)
+
+
+def _refuse_parts(linears: Iterable[str], skipped: dict[str, str]) -> None:
+    """Refuse to leave out some of the experts that the source has in one tensor."""
+    for tensor in linears:
+        if (whole := whole_name(tensor)) != tensor and whole in skipped:
+            raise LoftqError(
+                f"{skipped[whole]} leaves out some experts of `{whole}`, and not `{tensor}`",
+                "a tensor of several experts is quantized or left alone as a whole: e.g. `*.experts.*`",
+            )
 
 
 def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
@@ -135,10 +172,12 @@ def make_jobs(
             raise _no_match("--bits-for", glob, linears.values())
     jobs = []
     for tensor, module in linears.items():
-        info = checkpoint.tensors[tensor]
+        info = lookup(checkpoint.tensors, tensor)
+        assert info is not None
         m, n = reversed(info.shape) if tensor in targets.transposed else info.shape
         matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
-        block = BLOCK.match(module)
+        expert = targets.experts.get(tensor)
+        block = BLOCK.match(module) if expert is None else None
         assert config.quantizer is not None
         jobs.append(
             WeightJob(
@@ -152,7 +191,9 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer,
                 block=block[0] if block else None,
+                rank=config.rank if expert is None or config.experts_adapter else 0,
                 transposed=tensor in targets.transposed,
+                expert=expert,
             )
         )
     return tuple(jobs)
@@ -199,13 +240,16 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
     Raises:
         LoftqError: with the largest rank that every weight takes, or other ways out.
     """
-    if too_small := [job for job in jobs if config.rank > min(job.shape)]:
+    if config.experts_adapter and all(job.expert is None for job in jobs):
+        raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
+    if too_small := [job for job in jobs if job.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(
             f"`--rank {config.rank}` is above the smaller side of {_name(too_small)}",
             f"the largest rank that every weight takes is `--rank {largest}`; or leave them out with `--skip`",
         )
     across = [job for job in jobs if job.quantizer == "nf" and job.shape[1] % job.group_size]
+    across = [job for job in across if job.expert is None]  # which get a weight-only method
     if across and (config.method == "cloq" or config.is_trained):
         raise LoftqError(
             f"`--method {config.method}` needs blocks that lie in one row each, and those of {across[0].group_size} "

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.files import copy_file, write_file
-from loftq_cli.checkpoint.reader import Header, read_chunks, read_header
-from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
+from loftq_cli.checkpoint.reader import Header, lookup, read_chunks, read_header, whole_name
+from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, joined
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
+from loftq_cli.formats.base import to_store
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
-from loftq_cli.verify import check_adapter, check_tensors, read_report, stored_like, stored_tensor, stored_weight
+from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
+from loftq_cli.verify import check_adapter, check_tensors, read_report
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,24 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
         raise LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
-    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE)
+    factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     weight_map: dict[str, str] = {}
+    output = FORMATS[report["config"]["format"]]
+    stored = {
+        row["tensor"]: list(to_store(output, place_of(row), stored_like(output, row, report["config"])))
+        for row in report["weights"]
+    }
     for name, header in shards.items():
         rows = {
-            row["tensor"]: row for row in report["weights"] if any(t in header.tensors for t in _stored(report, row))
+            row["tensor"]: row
+            for row in report["weights"]
+            if any(lookup(header.tensors, tensor) for tensor in stored[row["tensor"]])
         }
-        replaced = {stored for row in rows.values() for stored in _stored(report, row)}
-        layout = [
+        replaced = {whole_name(tensor) for weight in rows for tensor in stored[weight]}
+        layout = joined(
             TensorSpec(row["tensor"], getattr(torch, row["dtype"]), tuple(row["shape"][:: _order(row)]))
             for row in rows.values()
-        ]
+        )
         copies = [info for info in header.tensors.values() if info.name not in replaced]
         layout += [TensorSpec(info.name, info.dtype, info.shape) for info in copies]
         writer = ShardWriter(dest / f"{name}.tmp", dest / name, layout, header.metadata)
@@ -65,7 +74,7 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
             for info in copies:
                 writer.write_chunks(info.name, read_chunks(out / name, info))
             for tensor, row in rows.items():
-                writer.write(tensor, _merged(out, report, row, header, adapter))
+                writer.write(tensor, _merged(out, report, row, header, factors))
                 if progress is not None:
                     progress(row["name"], 2 * math.prod(row["shape"]))
             writer.finish()
@@ -76,28 +85,20 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
     return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
 
 
-def _stored(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """Names of the tensors that the weight of `row` is stored in."""
-    output = FORMATS[report["config"]["format"]]
-    return list(output.tensors(row["tensor"].removesuffix(".weight"), stored_like(output, row, report["config"])))
-
-
-def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, adapter: Header) -> Tensor:
+def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, factors: Factors) -> Tensor:
     """The weight of `row` as the source has it, [m, n] or transposed, added up in float32.
 
     Raises:
         LoftqError: what it is made of has been changed.
     """
-    if violations := check_tensors(out, row, {**shard.tensors, **adapter.tensors}):
+    if violations := check_tensors(out, row, shard.tensors, factors):
         raise LoftqError(violations[0], f"see `loftq verify {out}`")
     base = stored_weight(out, shard.tensors, FORMATS[report["config"]["format"]], row, report["config"])
     written = report["adapter_config"]
     scaling = peft_adapter.scaling(written["r"], written["lora_alpha"], written["use_rslora"])
-    name_A, name_B = peft_adapter.tensor_names(row["name"])
-    stored_A, stored_B = (stored_tensor(out, adapter.tensors, name) for name in (name_A, name_B))
-    lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
+    product = factors.product(row, scaling)
     dtype: torch.dtype = getattr(torch, row["dtype"])
-    merged = torch.addmm(base, lora_B, lora_A).to(dtype)
+    merged = base.add_(product).to(dtype)
     return merged.T.contiguous() if row.get("transposed", False) else merged
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -146,6 +146,42 @@ def model_classes(model_type: str | None, architecture: str) -> dict[str, str]:
         if name.startswith("AutoModel") and (entry := table.get(model_type)):
             names = (entry,) if isinstance(entry, str) else entry
             found[name] = architecture if architecture in names else names[0]
+    return found
+
+
+Renamed = dict[str, tuple[str, str | None]]  # tensor name → key, and the pattern of the converter that makes it
+
+
+def state_keys(
+    checkpoint: Checkpoint, model: Any, renamed: Renamed | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Map tensor names to keys of the state dict; and converted tensors (fused, split, permuted on load) to why."""
+    state = model.state_dict()
+    keys: dict[str, str] = {}
+    converted: dict[str, str] = {}
+    for name, (key, pattern) in (renamed or renamed_keys(checkpoint.tensors, model)).items():
+        if pattern is not None:
+            converted[name] = pattern
+        elif key in state:
+            keys[name] = key
+    return keys, converted
+
+
+def renamed_keys(names: Iterable[str], model: Any, more: Iterable[str] = ()) -> Renamed:
+    """What `from_pretrained` calls the tensors of files, for a model with `more` keys in its state dict."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = {**model.state_dict(), **dict.fromkeys(more, torch.empty(0))}
+    found: Renamed = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        found[name] = renamed, pattern
     return found
 
 

@@ -80,6 +80,14 @@ AdapterDtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16. \\[default: float32]", rich_help_panel=ADAPTER),
 ]
+ExpertsAdapter = Annotated[
+    bool | None,
+    typer.Option(
+        "--experts-adapter/--no-experts-adapter",
+        help="Give experts an adapter, too, through PEFT's target_parameters (format dense). \\[default: off]",
+        rich_help_panel=ADAPTER,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

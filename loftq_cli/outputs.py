@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
+from loftq_cli.adapters import EXPERT_FACTORS, assemble
+from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks, read_tensor
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
 from loftq_cli.formats import peft_adapter
 from loftq_cli.heads import adapter_name
@@ -24,7 +25,7 @@ from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
-from loftq_cli.resume import adapter_names, growing
+from loftq_cli.resume import adapter_names, base_names, find, growing
 from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, hash_tensor, row_dict
 
@@ -61,7 +62,11 @@ class Outputs:
     ) -> None:
         self.plan, self.out, self.journal, self._device = plan, out, journal, device
         self._rank, self._ranks = rank, ranks
-        self.adapter = self._open(ADAPTER_FILE, plan.adapter_layout, adapter_metadata(), join=rank > 0)
+        self._factors = {
+            file: self._open(file, layout, adapter_metadata(), join=rank > 0)
+            for file, layout in plan.factor_files.items()
+        }
+        self.adapter = self._factors[ADAPTER_FILE]
         self._shards = {
             shard.file: self._open(shard.file, shard.layout, shard.metadata, join=rank > 0)
             for shard in plan.shards
@@ -92,9 +97,9 @@ class Outputs:
                     continue
                 is_copy = isinstance(step, TensorInfo)
                 steps.append((2 * number - 3 if is_copy and early else 2 * number, step))
-                writer.forget([step.name] if isinstance(step, TensorInfo) else self._base_names(step))
+                writer.forget([step.name] if isinstance(step, TensorInfo) else base_names(self.plan, step))
                 if isinstance(step, WeightBatch):
-                    self.adapter.forget(adapter_names(step))
+                    self._factors[self.plan.factor_file(step.first)].forget(adapter_names(step))
         return [step for _, step in sorted(steps, key=lambda pair: pair[0])]
 
     def expect(self, steps: Iterable[Step]) -> None:
@@ -170,6 +175,13 @@ class Outputs:
                     self._shards[shard.file] = self._open(shard.file, shard.layout, shard.metadata, join=True)
                 self._submit(0, self._finish_shard, shard.file)
         self.drain()
+        if self._rank == 0 and self.plan.stacked:
+            jobs = [job for job in self.plan.jobs if job.tensor in self.plan.stacked]
+            assemble(jobs, self.plan.stacked, self.plan.adapter_layout, self._factor_of_expert, self.adapter.write)
+
+    def _factor_of_expert(self, name: str) -> Tensor:
+        ((path, info),) = find(self.out, EXPERT_FACTORS, [name])
+        return read_tensor(path, info)
 
     def commit(self, wait: bool = True) -> None:
         """Flush what is written and journal it; without `wait` only if nobody else is at it."""
@@ -184,7 +196,7 @@ class Outputs:
                 self._since = time.perf_counter()
             self._lost = True  # unless it gets on the disk; and what comes after a failure may share its fate unseen
             for file in done.written:
-                (self.adapter if file == ADAPTER_FILE else self._shards[file]).sync()
+                {**self._factors, **self._shards}[file].sync()
             self._lost = False
             done.seconds["total"] = self._since - since
             peaks = {"host": peak_host_bytes(), "device": 0}
@@ -208,32 +220,26 @@ class Outputs:
             if kind is None:  # else what stopped the run is what matters
                 raise
         finally:
-            for writer in (self.adapter, *self._shards.values()):
+            for writer in (*self._factors.values(), *self._shards.values()):
                 writer.close()
 
     def _open(self, file: str, layout: Sequence[TensorSpec], metadata: dict[str, str], join: bool) -> ShardWriter:
-        written = self.journal.file(file).written
-        # the adapter's metadata is known at the very end
-        ahead = file != ADAPTER_FILE
-        return ShardWriter(
-            growing(self.out, file), self.out / file, layout, metadata, written, join=join, hash_ahead=ahead
-        )
+        written, place = self.journal.file(file).written, growing(self.out, file)
+        ahead = file not in self.plan.factor_files  # the adapter's metadata is known at the very end
+        return ShardWriter(place, self.out / file, layout, metadata, written, join=join, hash_ahead=ahead)
 
     def _is_done(self, step: Step, writer: ShardWriter) -> bool:
         if isinstance(step, TensorInfo):
             return step.name in writer.written
         return (
             all(job.tensor in self.journal.rows for job in step.jobs)
-            and writer.written.issuperset(self._base_names(step))
-            and self.adapter.written.issuperset(adapter_names(step))
+            and writer.written.issuperset(base_names(self.plan, step))
+            and self._factors[self.plan.factor_file(step.first)].written.issuperset(adapter_names(step))
         )
-
-    def _base_names(self, batch: WeightBatch) -> list[str]:
-        return [spec.name for job in batch.jobs for spec in self.plan.stored(job)]
 
     def _report(self, step: Step) -> None:
         if isinstance(step, WeightBatch):
-            sizes = [(job.module, self.plan.checkpoint.tensors[job.tensor].nbytes) for job in step.jobs]
+            sizes = [(job.module, self.plan.info(job).nbytes) for job in step.jobs]
             with self._lock:
                 self._finished += sizes
 
@@ -253,13 +259,13 @@ class Outputs:
     def _store(self, result: BatchResult, read_seconds: float) -> None:
         result.wait()
         start = time.perf_counter()
-        file = result.batch.first.file
-        written: dict[str, list[str]] = {file: [], ADAPTER_FILE: []}
+        file, factors = result.batch.first.file, self.plan.factor_file(result.batch.first)
+        written: dict[str, list[str]] = {file: [], factors: []}
         rows = []
         for weight in result.rows():
             for target, writer, tensors in (
                 (file, self._shards[file], weight.base),
-                (ADAPTER_FILE, self.adapter, weight.adapter),
+                (factors, self._factors[factors], weight.adapter),
             ):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)

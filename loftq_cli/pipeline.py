@@ -43,23 +43,14 @@ from loftq_cli.journal import (
 from loftq_cli.lanes import Lanes
 from loftq_cli.lowrank import full_precision
 from loftq_cli.outputs import Outputs
-from loftq_cli.plan import (
-    ADAPTER_FILE,
-    INDEX_FILE,
-    Plan,
-    Step,
-    adapter_metadata,
-    make_plan,
-    output_config,
-    output_index,
-    planned_files,
-)
+from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE, Plan, Step, adapter_metadata, make_plan
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
 from loftq_cli.resume import check_disk, forget_lost, refuse_source_as_out
 from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
+from loftq_cli.written import output_config, output_index, planned_files
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
 FINISHED = -1  # told to the other ranks instead of a journal's number

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.reader import TensorInfo
+from loftq_cli.adapters import EXPERT_FACTORS, adapter_layout, factor_specs, stacked_factors
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.writer import TensorSpec, file_bytes
+from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
+from loftq_cli.choice import choose_format, other_formats
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import AUTO_ORDER, FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, RemoteCode, to_store
+from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
+from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
+from loftq_cli.formats.peft_adapter import StackedFactors
 from loftq_cli.heads import head_layout
 from loftq_cli.jobs import (
+    BLOCK,
     WeightBatch,
     WeightJob,
-    apply_skips,
-    leave_outside_blocks,
+    about_experts,
+    choose_linears,
     make_batches,
     make_jobs,
     reasons,
     refuse_misfits,
     refuse_ragged_groups,
 )
-from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, CHART_FILE, REPORT_FILE
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
@@ -70,6 +72,7 @@ class Plan:
     format: Format
     jobs: tuple[WeightJob, ...]
     shards: tuple[ShardPlan, ...]
+    stacked: dict[str, StackedFactors]  # of experts with an adapter, by tensor
     adapter_layout: tuple[TensorSpec, ...]
     skipped: dict[str, str]
     skipped_linears: tuple[str, ...]
@@ -82,6 +85,17 @@ class Plan:
         """The code that loads the checkpoint where nothing is installed that does, of a format that has one."""
         return getattr(self.format, "remote_code", lambda _: None)(self)
 
+    @cached_property
+    def factor_files(self) -> dict[str, tuple[TensorSpec, ...]]:
+        """The files that factors are written to as they come: the adapter's, and that of experts to be put together."""
+        dtype = getattr(torch, self.config.adapter_dtype)
+        parts = tuple(spec for job in self.jobs if job.tensor in self.stacked for spec in factor_specs(job, dtype))
+        return {ADAPTER_FILE: self.adapter_layout} | ({EXPERT_FACTORS: parts} if parts else {})
+
+    def factor_file(self, job: WeightJob) -> str:
+        """Which of them has those of `job`."""
+        return EXPERT_FACTORS if job.tensor in self.stacked else ADAPTER_FILE
+
     @property
     def block_paths(self) -> tuple[str, ...]:
         """Distinct paths of the module lists that hold jobs, e.g. `("model.layers",)`."""
@@ -90,7 +104,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Source bytes of the weights to quantize."""
-        return sum(self.checkpoint.tensors[job.tensor].nbytes for job in self.jobs)
+        return sum(self.info(job).nbytes for job in self.jobs)
 
     @property
     def parameters(self) -> int:
@@ -144,10 +158,11 @@ class Plan:
     def peak_device_bytes(self) -> int:
         """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
         if self.on_gpu and self.is_calibrated:  # moments of the widest inputs, or what trains; beside the block twice
-            blocks = Counter[str | None]()
+            blocks = Counter[str]()
             for job in self.jobs:
-                blocks[job.block] += math.prod(job.shape)
-            weights, widest = max(blocks.values()), max(job.shape[1] for job in self.jobs) * self.needs_moments
+                blocks[block[0] if (block := BLOCK.match(job.module)) else ""] += math.prod(job.shape)
+            widest = max((job.shape[1] for job in self.jobs if job.block), default=0) * self.needs_moments
+            weights = max(blocks.values())
             trained = GPU_TRAINED_BYTES * weights * (self.config.method == "apiq-bw")
             return max(GPU_MOMENT_BYTES * widest**2, trained) + 4 * weights
         together = min(GPU_ELEMENTS, sum(self._batches[-2:]))
@@ -157,6 +172,12 @@ class Plan:
     def _batches(self) -> list[int]:
         """Weights in each batch, rising."""
         return sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
+
+    def info(self, job: WeightJob) -> TensorInfo:
+        """Where the source has the weight."""
+        info = lookup(self.checkpoint.tensors, job.tensor)
+        assert info is not None
+        return info
 
     def make_quantizer(self, job: WeightJob) -> Quantizer:
         """The quantizer of `job`, with its values rounded as the output format's loader rounds them."""
@@ -170,9 +191,9 @@ class Plan:
         """The tensors that `job` becomes in its shard."""
         alike = (job.shape, job.transposed, job.dtype, job.bits, job.group_size, job.quantizer)
         if alike not in self._stored:  # a model has few kinds of weights, and thousands of weights
-            self._stored[alike] = to_store(self.format, "", self.empty(job), job.transposed)
+            self._stored[alike] = to_store(self.format, Place("", job.transposed), self.empty(job))
         tensors = self._stored[alike].items()
-        return [TensorSpec(job.stored_prefix + suffix, t.dtype, tuple(t.shape)) for suffix, t in tensors]
+        return [TensorSpec(stored_name(self.format, job.place, key), t.dtype, tuple(t.shape)) for key, t in tensors]
 
 
 def adapter_metadata(base_sha256: str = "0" * 64) -> dict[str, str]:
@@ -186,15 +207,14 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     Raises:
         LoftqError: something in this model does not fit the options; names the tensors and the way out.
     """
-    linears, skipped, skipped_linears = apply_skips(targets, config.skip)
-    if config.method in CALIBRATED:
-        linears, skipped, skipped_linears = leave_outside_blocks(linears, skipped, skipped_linears)
+    linears, skipped, skipped_linears = choose_linears(targets, config)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
     refuse_misfits(jobs, decided)
-    notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note) if note]
+    stacked = stacked_factors(jobs, targets.stacks)
+    notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note, about_experts(jobs)) if note]
 
     def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
         chosen = decided.model_copy(update={"format": format_name})
@@ -204,7 +224,11 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             format=FORMATS[format_name],
             jobs=jobs,
             shards=(),
-            adapter_layout=(*_adapter_layout(jobs, chosen), *head_layout(checkpoint, targets.head.tensors)),
+            stacked=stacked,
+            adapter_layout=(
+                *adapter_layout(jobs, stacked, getattr(torch, chosen.adapter_dtype)),
+                *head_layout(checkpoint, targets.head.tensors),
+            ),
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,
@@ -213,63 +237,28 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
 
     if config.format == "auto":
         refuse_ragged_groups(jobs)
-        plan, why = _choose_format(build)
+        plan, why = choose_format(build)
         notes.append(why)
     else:
         plan = build(config.format)
         if config.format not in ("packed", "dense"):
             refuse_ragged_groups(jobs)
         if problem := plan.format.why_not(plan):
-            raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", _other_formats(build))
+            raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", other_formats(build))
     return _with_shards(plan, tuple(notes))
 
 
-def planned_files(plan: Plan) -> list[str]:
-    """Names of all files that the run writes in OUT."""
-    names = [shard.file for shard in plan.shards] + [ADAPTER_FILE, ADAPTER_CONFIG, "config.json"]
-    names += [CARD_FILE, CHART_FILE]
-    names += [INDEX_FILE] if plan.checkpoint.index is not None else []
-    names += plan.remote_code.files if plan.remote_code else ()
-    return [*names, *plan.checkpoint.side_files, REPORT_FILE]
-
-
-def output_config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json with the format's `quantization_config`."""
-    config = dict(plan.checkpoint.config)
-    if (entry := plan.format.quantization_config(plan)) is not None:
-        config["quantization_config"] = entry
-    return {**config, "auto_map": plan.remote_code.auto_map} if plan.remote_code else config
-
-
-def output_index(plan: Plan) -> dict[str, Any]:
-    """The weight map of the shards as written."""
-    weight_map = {spec.name: shard.file for shard in plan.shards for spec in shard.layout}
-    total = sum(spec.nbytes for shard in plan.shards for spec in shard.layout)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _choose_format(build: Callable[..., Plan]) -> tuple[Plan, str]:
-    """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why."""
-    refusals: list[tuple[str, str]] = []
-    for name in AUTO_ORDER:
-        plan = build(name)
-        problem = plan.format.why_not(plan)
-        if problem is None:
-            why = "; ".join(f"not `{other}`: {reason}" for other, reason in refusals)
-            return plan, f"format `{name}`" + (f" ({why})" if why else " (first choice for these options)")
-        refusals.append((name, problem))
-    raise LoftqError("no format can hold this", "; ".join(f"`{name}`: {reason}" for name, reason in refusals))
-
-
-def _other_formats(build: Callable[..., Plan]) -> str:
-    holding = [name for name in FORMATS if (plan := build(name)).format.why_not(plan) is None]
-    return "these can: " + ", ".join(f"`--format {name}`" for name in holding) if holding else ""
-
-
 def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
-    jobs = {job.tensor: job for job in plan.jobs}
+    jobs: dict[str, list[WeightJob]] = {}
+    for job in plan.jobs:
+        jobs.setdefault(whole_name(job.tensor), []).append(job)
     shards = []
-    elements = 0 if plan.is_calibrated else BATCH_ELEMENTS[torch.device(plan.config.device).type]
+    elements = BATCH_ELEMENTS[torch.device(plan.config.device).type]
+
+    def may_stack(job: WeightJob) -> bool:
+        alone = plan.is_calibrated and job.expert is None  # the block loop, which has no experts, takes one by one
+        return not alone and stackable(plan.make_quantizer(job), *job.shape)
+
     for file in plan.checkpoint.files:
         copies: list[Step] = []
         layout: list[TensorSpec] = []
@@ -277,24 +266,14 @@ def _with_shards(plan: Plan, notes: tuple[str, ...]) -> Plan:
         for info in plan.checkpoint.tensors.values():
             if info.file != file:
                 continue
-            if job := jobs.get(info.name):
-                of_shard.append(job)
-                layout.extend(plan.stored(job))
+            if of_tensor := jobs.get(info.name):
+                of_shard += of_tensor
+                layout += joined(spec for job in of_tensor for spec in plan.stored(job))
             else:
                 copies.append(info)
                 layout.append(TensorSpec(info.name, info.dtype, info.shape))
         metadata = {"format": "pt", **plan.checkpoint.metadata.get(file, {})}
-        batches = make_batches(of_shard, lambda job: stackable(plan.make_quantizer(job), *job.shape), elements)
         # copies first: they keep the disk busy while the first weights are computed
-        shards.append(ShardPlan(file, (*copies, *batches), tuple(layout), metadata))
+        steps = (*copies, *make_batches(of_shard, may_stack, elements))
+        shards.append(ShardPlan(file, steps, tuple(layout), metadata))
     return replace(plan, shards=tuple(shards), notes=notes)
-
-
-def _adapter_layout(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> tuple[TensorSpec, ...]:
-    dtype = getattr(torch, config.adapter_dtype)
-    layout = []
-    for job in jobs:
-        name_A, name_B = peft_adapter.tensor_names(job.module)
-        layout.append(TensorSpec(name_A, dtype, (config.rank, job.shape[1])))
-        layout.append(TensorSpec(name_B, dtype, (job.shape[0], config.rank)))
-    return tuple(layout)

@@ -121,7 +121,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
                 "bits": job.bits,
                 "group_size": job.group_size,
                 "quantizer": job.quantizer,
-                "rank": plan.config.rank,
+                "rank": job.rank,
             }
             for job in plan.jobs
         ],
@@ -198,6 +198,18 @@ def trained(report: Mapping[str, Any]) -> str | None:
         how = f"{finish['before']:.4g} → {finish['after']:.4g}" if _helped(finish) else "no gain, so its start is kept"
         parts.append(f"finish {on}: {how}")
     return "; ".join(parts)
+
+
+def about_experts(report: Mapping[str, Any]) -> str | None:
+    """What the experts of a model have; None where there are none."""
+    experts = [row for row in report["weights"] if "expert" in row]
+    if not experts:
+        return None
+    adapter = "an adapter each" if experts[0]["rank"] else "no adapter"
+    if report["adapter_config"]["rank_pattern"]:
+        adapter += " (PEFT 0.21 says that it ignores keys of `rank_pattern`, and does not)"
+    how = ", chosen without looking at text" if report["config"]["method"] in CALIBRATED else ""
+    return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}"
 
 
 def _helped(fit: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import TensorInfo, read_header, read_tensor
+from loftq_cli.adapters import EXPERT_FACTORS
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_tensor
 from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
@@ -31,7 +32,8 @@ def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
         if not is_unfinished(growing(out, file), out / file, layout, metadata, written):
             written.clear()
 
-    forget(ADAPTER_FILE, plan.adapter_layout, adapter_metadata())
+    for file, layout in plan.factor_files.items():
+        forget(file, layout, adapter_metadata())
     for shard in plan.shards:
         if not is_whole(plan, shard, out, journal):
             journal.file(shard.file).sha256 = None
@@ -45,12 +47,16 @@ def growing(out: Path, file: str) -> Path:
 
 def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
     """Whether an earlier session finished this shard, and its files are still there."""
-    path, adapter = out / shard.file, journal.file(ADAPTER_FILE).written
+    path = out / shard.file
     return (
         journal.file(shard.file).sha256 is not None
         and path.exists()
         and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
-        and all(adapter.issuperset(adapter_names(step)) for step in shard.steps if isinstance(step, WeightBatch))
+        and all(
+            journal.file(plan.factor_file(step.first)).written.issuperset(adapter_names(step))
+            for step in shard.steps
+            if isinstance(step, WeightBatch)
+        )
     )
 
 
@@ -77,12 +83,17 @@ def find(out: Path, file: str, names: Sequence[str]) -> list[tuple[Path, TensorI
     """Where tensors of a file are, while it is whole or still grows."""
     path = growing(out, file) if growing(out, file).exists() else out / file
     infos = read_header(path).tensors
-    return [(path, infos[name]) for name in names]
+    return [(path, info) for name in names if (info := lookup(infos, name)) is not None]
+
+
+def base_names(plan: Plan, batch: WeightBatch) -> list[str]:
+    """The base's tensors for a batch."""
+    return [spec.name for job in batch.jobs for spec in plan.stored(job)]
 
 
 def adapter_names(batch: WeightBatch) -> list[str]:
     """The adapter's tensors for a batch."""
-    return [name for job in batch.jobs for name in peft_adapter.tensor_names(job.module)]
+    return [name for job in batch.jobs if job.rank for name in peft_adapter.tensor_names(job.module)]
 
 
 def check_disk(plan: Plan, out: Path) -> None:
@@ -93,7 +104,8 @@ def check_disk(plan: Plan, out: Path) -> None:
     """
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
-    needed = plan.base_bytes + adapters * plan.adapter_bytes + (16 << 20)
+    factors = sum(spec.nbytes for spec in plan.factor_files.get(EXPERT_FACTORS, ()))
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + factors + (16 << 20)
     if plan.config.evict:
         needed += KEPT * max(plan.checkpoint.file_sizes[file] for file in plan.checkpoint.files)
     needed -= sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())

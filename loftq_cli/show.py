@@ -15,6 +15,7 @@ from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.card import with_perplexity
 from loftq_cli.checkpoint.files import read_json_if_any, write_file
+from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
@@ -26,6 +27,7 @@ from loftq_cli.page import page
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
+    about_experts,
     error_columns,
     in_figures,
     install_line,
@@ -100,7 +102,7 @@ def report(
         lines = [(blocks[i]["name"], *in_figures(blocks[i][field] for field in fields.values())) for i in some]
         output.table("Blocks: error of what leaves them", (("block", "left"), *heads), lines)
     _skips(output, report["skipped"])
-    unrepaired = [row for row in report["weights"] if row["iterations"] == 0 and row["relative_error"] > 0]
+    unrepaired = [row for row in report["weights"] if row["rank"] and row["iterations"] == 0 < row["relative_error"]]
     if unrepaired and config["method"] != "qlora":
         output.warning(
             f"{len(unrepaired)} weights have an adapter that starts at zero, because no factors helped in "
@@ -127,6 +129,8 @@ def report(
         f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}; "
         f"{seconds['total']:.1f} s ({stages}), {size(totals['peak_host_bytes'])} of host memory{device}"
     )
+    if experts := about_experts(report):
+        output.result(experts)
     if training := trained(report):
         output.result(training)
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
@@ -215,7 +219,7 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     total = 0
     if source is not None:
         made = verification.read_report(out)
-        written = {row["tensor"] for row in made["weights"]}
+        written = {whole_name(row["tensor"]) for row in made["weights"]}
         infos = open_checkpoint(source, None if Path(source).is_dir() else made["source"]["revision"]).tensors
         total = sum(info.nbytes for info in infos.values() if info.name in written)
     with output.progress("verifying", total) as advance:

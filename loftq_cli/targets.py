@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,22 @@ import torch
 
 from loftq_cli import lean
 from loftq_cli.agreement import refuse_disagreement
+from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
+from loftq_cli.experts import FLOATS, ExpertSlot, ExpertStack, find_experts
 from loftq_cli.heads import Head, choose_head
-from loftq_cli.meta_model import AUTO_CLASSES, UnknownModelError, build, find_auto_class, model_classes
+from loftq_cli.meta_model import (
+    AUTO_CLASSES,
+    UnknownModelError,
+    build,
+    find_auto_class,
+    model_classes,
+    renamed_keys,
+    state_keys,
+)
 
 PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # For the fallback only: parts of names that are two-dimensional weights but not linear layers, or never quantized.
 NOT_LINEAR = re.compile(
@@ -38,7 +47,9 @@ class Targets:
     """The linear weights of one checkpoint.
 
     Attributes:
-        linears: tensor name → module name, for every weight that may be quantized.
+        linears: tensor name → module name, for every weight that may be quantized; of an expert in a tensor of all,
+            the name of the slice, `name[3]`.
+        experts: the places of those among `linears` that are matrices of experts, see `ExpertSlot`.
         transposed: names of all weights that are stored [in_features, out_features], those of `Conv1D`.
         skipped: tensor name → reason, for every other tensor.
         skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
@@ -63,7 +74,13 @@ class Targets:
     has_fused_experts: bool = False
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
+    experts: dict[str, ExpertSlot] = field(default_factory=dict)
     note: str | None = None
+
+    @property
+    def stacks(self) -> list[ExpertStack]:
+        """The parameters that hold matrices of experts."""
+        return list(dict.fromkeys(slot.stack for slot in self.experts.values()))
 
 
 def find_targets(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Callable[[], Targets]:
@@ -109,8 +126,11 @@ def _find(checkpoint: Checkpoint, trust_remote_code: bool = False, light: bool =
 
 def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     modules = dict(model.named_modules())
-    keys, converted = state_keys(checkpoint, model)
+    renamed = renamed_keys(checkpoint.tensors, model)
+    keys, converted = state_keys(checkpoint, model, renamed)
     refuse_disagreement(checkpoint, model, keys, bool(converted))
+    experts = find_experts(checkpoint.tensors, renamed, model)
+    wholes = {whole_name(tensor) for tensor in experts}
     module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}
     head = model.get_output_embeddings()
     tied = _tied_names(model)
@@ -122,6 +142,10 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     linears: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for info in checkpoint.tensors.values():
+        if info.name in wholes:
+            names = [info.name] if info.name in experts else [f"{info.name}[{i}]" for i in range(info.shape[0])]
+            linears |= {name: experts[name].name for name in names}
+            continue
         if info.name in converted:
             skipped[info.name] = f"changed by transformers while loading ({converted[info.name]})"
             continue
@@ -171,35 +195,19 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
         ),
         linear_subclass=next(
-            (kind for name in linears.values() if (kind := type(modules[name]).__name__) not in ("Linear", "Conv1D")),
+            (
+                kind
+                for name in found.intersection(modules)
+                if (kind := type(modules[name]).__name__) not in ("Linear", "Conv1D")
+            ),
             None,
         ),
         transposed=frozenset(
             tensor for tensor, name in module_of.items() if _is_conv1d(modules[name]) and tensor.endswith(".weight")
-        ),
+        )
+        | {tensor for tensor, slot in experts.items() if slot.transposed},
+        experts=experts,
     )
-
-
-def state_keys(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Map tensor names to keys of the state dict; and converted tensors (fused, split, permuted on load) to why."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    keys: dict[str, str] = {}
-    converted: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if pattern is not None:
-            converted[name] = pattern
-        elif renamed in state:
-            keys[name] = renamed
-    return keys, converted
 
 
 def _retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.files import hash_file
-from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_header, read_tensor
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
-from loftq_cli.formats.base import Format, from_store
+from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
-from loftq_cli.quantizers.base import QuantizedWeight
 from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
+from loftq_cli.stored import Factors, stored_tensor, stored_weight
 from loftq_cli.worker import hash_tensor, relative
 
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
@@ -106,18 +105,24 @@ def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
                 infos.update(read_header(out / name, name).tensors)
             except LoftqError as error:
                 violations.append(error.message)
-    return violations + [text for row in report["weights"] for text in check_tensors(out, row, infos)]
+    factors = Factors(out, infos)
+    return violations + [text for row in report["weights"] for text in check_tensors(out, row, infos, factors)]
 
 
-def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo]) -> list[str]:
+def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo], factors: Factors) -> list[str]:
     """What is wrong with the stored tensors and the factors of one row of the report, by their hashes."""
     violations = []
+    names = peft_adapter.tensor_names(row["name"]) if row["rank"] else ()
     for tensor, expected in row["sha256"].items():
-        info = infos.get(tensor)
-        if info is None:
+        try:
+            stored = factors.of(row)[names.index(tensor)] if tensor in names else stored_tensor(out, infos, tensor)
+        except LoftqError:
             violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
-        elif hash_tensor(read_tensor(out / info.file, info)) != expected:
-            violations.append(f"`{tensor}` in `{info.file}` is not what was written for `{row['tensor']}`")
+            continue
+        if hash_tensor(stored) != expected:
+            info = lookup(infos, tensor)
+            file = ADAPTER_FILE if info is None else info.file
+            violations.append(f"`{tensor}` in `{file}` is not what was written for `{row['tensor']}`")
     return violations
 
 
@@ -141,7 +146,7 @@ def _check_totals(report: dict[str, Any]) -> list[str]:
 
 def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Every tensor that was not quantized must be the source's, byte for byte."""
-    quantized = {row["tensor"] for row in report["weights"]}
+    quantized = {whole_name(row["tensor"]) for row in report["weights"]}
     violations = []
     for file in checkpoint.files:
         try:
@@ -191,7 +196,7 @@ def _recompute(
     for name in report["files"]:
         if name.endswith(".safetensors") and name != ADAPTER_FILE:
             stored.update(read_header(out / name, name).tensors)
-    adapter = read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors
+    factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     adapter_config = json.loads((out / "loftq_init/adapter_config.json").read_text(encoding="utf-8"))
     scaling = peft_adapter.scaling(adapter_config["r"], adapter_config["lora_alpha"], adapter_config["use_rslora"])
     output = FORMATS[report["config"]["format"]]
@@ -202,13 +207,12 @@ def _recompute(
         try:
             W = _source_weight(checkpoint, row)
             base = stored_weight(out, stored, output, row, report["config"])
-            stored_A, stored_B = (stored_tensor(out, adapter, name) for name in peft_adapter.tensor_names(row["name"]))
+            product = factors.product(row, scaling)
         except LoftqError as error:
             violations.append(error.message)
             continue
-        lora_A, lora_B = peft_adapter.applied_factors(stored_A, stored_B, scaling)
         residual = W - base
-        norm2, before2, after2 = squared_norm(torch.stack([W, residual, residual - lora_B @ lora_A])).tolist()
+        norm2, before2, after2 = squared_norm(torch.stack([W, residual, residual - product])).tolist()
         measured = {
             "relative_error": relative(after2, norm2),
             "relative_error_without_adapter": relative(before2, norm2),
@@ -217,46 +221,23 @@ def _recompute(
             if not abs(value - row[key]) <= TOLERANCE * max(1.0, value):
                 violations.append(f"`{row['tensor']}`: {key} is {value:.6f}, the report says {row[key]:.6f}")
         pairs.append((measured["relative_error"], norm2**0.5))
-        progress(row["name"], checkpoint.tensors[row["tensor"]].nbytes)
+        progress(row["name"], source_info(checkpoint, row).nbytes)
     return pairs, violations
 
 
-def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
-    info = checkpoint.tensors.get(row["tensor"])
-    transposed = row.get("transposed", False)
-    if info is None or list(info.shape) != (row["shape"][::-1] if transposed else row["shape"]):
-        raise LoftqError(f"`{row['tensor']}` {row['shape']} is not in the source")
-    stored = read_tensor(checkpoint.path(info.file), info).float()
-    return stored.T.contiguous() if transposed else stored
-
-
-def stored_weight(
-    out: Path,
-    stored: dict[str, TensorInfo],
-    output: Format,
-    row: dict[str, Any],
-    config: dict[str, Any],
-) -> Tensor:
-    """The weight of a row of the report, dequantized from its stored tensors, float32 [m, n]."""
-    like = stored_like(output, row, config)
-    prefix = row["tensor"].removesuffix(".weight")
-    tensors = {name: stored_tensor(out, stored, name) for name in output.tensors(prefix, like)}
-    return from_store(output, prefix, tensors, like, row.get("transposed", False))
-
-
-def stored_like(output: Format, row: dict[str, Any], config: dict[str, Any]) -> QuantizedWeight:
-    """The quantized form of the weight of a row of the report, on the meta device."""
-    dtype, double_quant = getattr(torch, row["dtype"]), config["double_quant"]
-    quantizer = make_quantizer(output, row["quantizer"], row["bits"], row["group_size"], dtype, double_quant)
-    return quantizer.empty(*row["shape"])
-
-
-def stored_tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
-    """One tensor of an output, by its name.
+def source_info(checkpoint: Checkpoint, row: dict[str, Any]) -> TensorInfo:
+    """Where the source has the weight of a row of the report.
 
     Raises:
-        LoftqError: it is in no file.
+        LoftqError: nowhere, or in another shape.
     """
-    if name not in infos:
-        raise LoftqError(f"`{name}` is missing from the files")
-    return read_tensor(out / infos[name].file, infos[name])
+    info = lookup(checkpoint.tensors, row["tensor"])
+    if info is None or list(info.shape) != (row["shape"][::-1] if row.get("transposed", False) else row["shape"]):
+        raise LoftqError(f"`{row['tensor']}` {row['shape']} is not in the source")
+    return info
+
+
+def _source_weight(checkpoint: Checkpoint, row: dict[str, Any]) -> Tensor:
+    info = source_info(checkpoint, row)
+    stored = read_tensor(checkpoint.path(info.file), info).float()
+    return stored.T.contiguous() if row.get("transposed", False) else stored

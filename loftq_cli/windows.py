@@ -12,9 +12,9 @@ from loftq_cli.calibration.stand_in import WAY_OUT
 from loftq_cli.calibration.stream import ties_of
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
-from loftq_cli.meta_model import build_to_run
+from loftq_cli.experts import by_parameter
+from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.plan import Plan
-from loftq_cli.targets import state_keys
 
 LONGEST_WINDOW = 2048  # tokens, unless more are asked for
 
@@ -70,7 +70,13 @@ def _refuse_unreadable(model: Any, names: dict[str, str], plan: Plan) -> None:
         names: tensor name → key in the model's state dict, from `state_keys`.
         plan: a finish needs all of the model, others its blocks.
     """
-    there = {*names.values(), *ties_of(model)}
+    experts = by_parameter(plan.targets.experts)
+    if experts and plan.config.finish_epochs > 0:
+        raise LoftqError(
+            f"a finish would hold all experts of `{plan.targets.architecture}` in memory at once",
+            "leave out `--finish-epochs`",
+        )
+    there = {*names.values(), *ties_of(model), *experts}
     in_blocks = tuple(f"{path}." for path in plan.block_paths)
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name in there:

@@ -15,7 +15,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import to_store
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm
+from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm, without_factors
 from loftq_cli.methods.trained import Fit
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import residual as residual_of
@@ -31,11 +31,13 @@ class WeightRow:
     tensor: str
     dtype: str  # of the weight once loaded, see `WeightJob`
     transposed: bool | None  # in the source's file
+    expert: int | None  # which expert's it is
     shape: tuple[int, int]
     bits: int
     group_size: int
     quantizer: str
     rank: int
+    stacked: peft_adapter.StackedFactors | None  # where the adapter has its factors, if with those of other weights
     device: str  # the CPU's where the GPU had no room
     iterations: int
     relative_error: float
@@ -114,17 +116,19 @@ class BatchResult:
         for i, job in enumerate(self.batch.jobs):
             iterations, norm, before, after = self.measured[i].tolist()
             names = peft_adapter.tensor_names(job.module)
-            adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)}
+            adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)} if job.rank else {}
             row = WeightRow(
                 name=job.module,
                 tensor=job.tensor,
                 dtype=str(job.dtype).removeprefix("torch."),
                 transposed=job.transposed or None,
+                expert=None if job.expert is None else job.expert.expert,
                 shape=job.shape,
                 bits=job.bits,
                 group_size=job.group_size,
                 quantizer=job.quantizer,
-                rank=self.plan.config.rank,
+                rank=job.rank,
+                stacked=self.plan.stacked.get(job.tensor),
                 device=self.device.type,
                 iterations=int(iterations),
                 relative_error=relative(after, norm),
@@ -168,12 +172,16 @@ def decompose(
     name = config.init or config.method
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
     quantizer = plan.make_quantizer(batch.first)
+    if batch.first.rank == 0:
+        return without_factors(weights, quantizer, timed=watch)
     if inputs is not None and name in GRAM_METHODS:
         target, method = inputs.target(weights), GRAM_METHODS[name]
         return method(target, quantizer, config.rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
     W = weights if weights.is_cuda else weights.float()
-    return METHODS.get(name, METHODS["loftq"])(W, quantizer, config.rank, iters=config.iters, seeds=seeds, timed=watch)
+    return METHODS.get(name, METHODS["loftq"])(
+        W, quantizer, batch.first.rank, iters=config.iters, seeds=seeds, timed=watch
+    )
 
 
 def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, watch: Stopwatch) -> BatchResult:
@@ -190,8 +198,7 @@ def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, 
         residual = residual_of(rows, made.quantized).view(W.shape)
         before = squared_norm(residual)
         lora_A, lora_B = peft_adapter.applied_factors(*factors, plan.scaling)
-        residual.baddbmm_(lora_B, lora_A, alpha=-1)
-        after = squared_norm(residual)
+        after = squared_norm(residual.baddbmm_(lora_B, lora_A, alpha=-1)) if batch.first.rank else before
         del residual
         # else there is nothing to repair, or the adapter's dtype cannot hold the factors; what repairs outputs may
         # well move a weight away from the source's
@@ -200,7 +207,7 @@ def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, 
         iterations = torch.where(repaired, made.iterations, 0).double()
         measured = torch.stack([iterations, norm, before, torch.where(repaired, after, before)], 1)
         base = [
-            to_store(plan.format, job.stored_prefix, quantized, job.transposed)
+            to_store(plan.format, job.place, quantized)
             for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
         ]
     result = BatchResult(plan, batch, weights, weights.device, base, chosen, measured, watch)

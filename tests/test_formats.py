@@ -106,6 +106,7 @@ TARGETS = {
     "architecture": "LlamaForCausalLM",
     "main_input_name": "input_ids",
     "has_fused_experts": False,
+    "stacks": [],
     "linear_subclass": None,
 }
 
@@ -126,6 +127,8 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             dtype=dtype,
             block=".".join(name.split(".")[:3]),
             transposed=False,
+            rank=RANK,
+            expert=None,
         )
         for name, layer in linears.items()
         if name not in skipped
@@ -470,6 +473,8 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "dtype": torch.bfloat16,
         "block": "model.layers.0",
         "transposed": False,
+        "rank": RANK,
+        "expert": None,
     }
     named = [SimpleNamespace(**{**plain, **job}) for job in jobs]
     for job in named:

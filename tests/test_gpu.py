@@ -135,7 +135,7 @@ def test_bitsandbytes_on_the_gpu_dequantizes_to_the_same_values_and_trains(tiny_
     for job in plan.jobs:
         weight = base.get_submodule(job.module).weight
         loaded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        expected = bnb.read(job.stored_prefix, stored, plan.empty(job))
+        expected = bnb.read(job.place.prefix, stored, plan.empty(job))
         assert torch.equal(loaded.cpu().float(), expected)
     model = PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
     ids = torch.arange(1, 17, device="cuda")[None]

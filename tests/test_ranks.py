@@ -133,7 +133,9 @@ def test_steps_are_shared_whole_and_evenly(size: int, sizes: list[int]) -> None:
     steps = [
         TensorInfo(str(i), torch.float32, (8 * n,), "f", 0, 4)
         if i % 5 == 0
-        else WeightBatch((WeightJob(str(i), "m", "f", (n, 1), torch.float32, torch.float32, 2, 64, "uniform", None),))
+        else WeightBatch(
+            (WeightJob(str(i), "m", "f", (n, 1), torch.float32, torch.float32, 2, 64, "uniform", None, 1),)
+        )
         for i, n in enumerate(sizes)
     ]
     shares = [Ranks(rank, size).share(steps) for rank in range(size)]

@@ -9,7 +9,7 @@ rebuilt here, and no family is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,7 @@ class BlockStream:
         checkpoint: where they are.
         names: tensor name → key in the model's state dict, from `state_keys`.
         transposed: names of tensors that the model has transposed.
+        made: by key, parameters that transformers makes while loading, and what reads them: those of experts.
         paths: of the stacks.
         tokens: int64 [samples, seqlen].
         parts: the samples of each micro-batch.
@@ -98,13 +99,13 @@ class BlockStream:
 
     def __init__(
         self, model: Any, checkpoint: Checkpoint, names: dict[str, str], transposed: Container[str],
-        paths: Sequence[str], tokens: Tensor,
+        made: Mapping[str, Callable[[], Tensor]], paths: Sequence[str], tokens: Tensor,
         parts: Sequence[slice], device: torch.device, dtype: torch.dtype, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._model, self._checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.tokens, self.parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
-        self._ties, self._transposed = ties_of(model), transposed
+        self._ties, self._transposed, self._made = ties_of(model), transposed, made
         for module in model.modules():  # a T5's decoder has a configuration of its own
             if getattr(getattr(module, "config", None), "use_cache", None):
                 module.config.use_cache = False
@@ -274,6 +275,8 @@ class BlockStream:
         return self._checkpoint.tensors[self._tensor_of.get(key) or self._tensor_of[self._ties[key]]]
 
     def _read(self, key: str) -> Tensor:
+        if key in self._made:
+            return self._made[key]()
         info = self._find(key)
         stored = read_tensor(self._checkpoint.path(info.file), info)
         return stored.T.contiguous() if info.name in self._transposed else stored

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -20,6 +21,7 @@ from loftq_cli.errors import LoftqError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 16 * 2**20
+SLICE = re.compile(r"(.+)\[(\d+)\]")  # the name of one slice of a tensor, along its first dimension
 
 # F4 and F6 are left out on purpose: torch has no dtype whose element is one of theirs
 DTYPES: dict[str, torch.dtype] = {
@@ -144,6 +146,23 @@ def read_header(path: Path, file: str | None = None) -> Header:
         file_bytes = path.stat().st_size
         start = stream.read(8)
         return parse_header(start + stream.read(header_bytes(start, file, file_bytes) - 8), file, file_bytes)
+
+
+def lookup(infos: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """The tensor called `name`, or the slice `name[i]` of one that is called so; None if there is none."""
+    if name in infos or (match := SLICE.fullmatch(name)) is None:
+        return infos.get(name)
+    whole, i = infos.get(match[1]), int(match[2])
+    if whole is None or not whole.shape or i >= whole.shape[0]:
+        return None
+    each = whole.nbytes // whole.shape[0]  # it lies in one piece, as a tensor does
+    return TensorInfo(name, whole.dtype, whole.shape[1:], whole.file, whole.offset + i * each, each)
+
+
+def whole_name(name: str) -> str:
+    """The name of the tensor that `name` is, or is a slice of."""
+    match = SLICE.fullmatch(name)
+    return match[1] if match else name
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.files import allocate, sync_folder, writing
-from loftq_cli.checkpoint.reader import DTYPES, Header, TensorInfo, read_header
+from loftq_cli.checkpoint.reader import DTYPES, Header, TensorInfo, lookup, read_header, whole_name
 from loftq_cli.errors import LoftqError
 
 HASH_BYTES = 8 << 20  # read back at once, out of the page cache
@@ -25,16 +25,41 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """A tensor to be written; if `sliced`, in slices along its first dimension, which are called `name[i]`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    sliced: bool = False
 
     @property
     def nbytes(self) -> int:
         """Its bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def joined(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The tensors of a file whose slices and tensors are `specs`; slices that follow each other are those of one."""
+    parts: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        parts.setdefault(whole_name(spec.name), []).append(spec)
+    return [
+        TensorSpec(name, of[0].dtype, (len(of), *of[0].shape), sliced=True) if of[0].name != name else of[0]
+        for name, of in parts.items()
+    ]
+
+
+def _pieces(layout: Iterable[TensorSpec], header: Header) -> dict[str, TensorInfo]:
+    """What is written at a time: tensors, or slices of them, in the order of the bytes."""
+    count = {spec.name: spec.shape[0] if spec.sliced else None for spec in layout}
+    pieces: dict[str, TensorInfo] = {}
+    for name, info in header.tensors.items():
+        number = count[name]
+        for part in [name] if number is None else [f"{name}[{i}]" for i in range(number)]:
+            found = lookup({name: info}, part)
+            assert found is not None
+            pieces[part] = found
+    return pieces
 
 
 def plan_header(layout: Sequence[TensorSpec], metadata: Mapping[str, str], file: str = "") -> Header:
@@ -76,7 +101,7 @@ def is_unfinished(
 ) -> bool:
     """Whether the file of an earlier `ShardWriter` with this layout is there, for these tensors of it to be kept."""
     planned = plan_header(layout, metadata, final.name)
-    if not written or not set(written) <= planned.tensors.keys():
+    if not written or not set(written) <= _pieces(layout, planned).keys():
         return False
     try:
         header = read_header(temporary if temporary.exists() else final, final.name)
@@ -118,7 +143,7 @@ class ShardWriter:
     ) -> None:
         self._temporary, self._final, self._layout = temporary, final, layout
         self._header = plan_header(layout, metadata, final.name)
-        self._infos = self._header.tensors
+        self._infos = _pieces(layout, self._header)
         there = join or is_unfinished(temporary, final, layout, metadata, resume_written)
         resumed = set(resume_written) if there else set()
         self._hashes_ahead = hash_ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,8 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
+
+SLICE = re.compile(r"(.+)\[(\d+)\]")  # as `checkpoint.reader` names slices of tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Format(Protocol):
 
     It may also have `load_imports` (modules that must be imported to load it), `keeps_layers` (true where the loaded
     model has the source's own layers, not others in their place), `scale_dtype` (what the scales of `nf`
-    are rounded to: float32 without it) and `remote_code(plan)`, which makes a `RemoteCode`, or None.
+    are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`, and `remote_code(plan)`,
+    which makes a `RemoteCode`, or None.
     """
 
     name: str
@@ -61,18 +65,51 @@ class Format(Protocol):
         ...
 
 
-def to_store(output: Format, module: str, quantized: QuantizedWeight, transposed: bool) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is in the source: the name of its tensor, or of a slice of one, and whether that is transposed."""
+
+    tensor: str
+    transposed: bool = False
+    is_expert: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its quantized tensors begin with; a slice `a.b[3]` becomes `a.3.b`."""
+        if not self.is_expert or not (match := SLICE.fullmatch(self.tensor)):
+            return self.tensor.removesuffix(".weight")
+        path, _, last = match[1].rpartition(".")
+        return f"{path}.{match[2]}.{last}"
+
+
+def stored_name(output: Format, place: Place, suffix: str) -> str:
+    """The name in the file of a tensor that `output.tensors` calls `suffix`, e.g. `.codes`, of a weight without name.
+
+    Experts are called otherwise by formats with `expert_name`.
+    """
+    if place.is_expert and (rename := getattr(output, "expert_name", None)) is not None:
+        return str(rename(place, suffix))
+    return place.prefix + suffix
+
+
+def to_store(output: Format, place: Place, quantized: QuantizedWeight) -> dict[str, Tensor]:
     """`output.tensors`; of a weight that the source has transposed, transposed where the layer stays the source's."""
-    made = output.tensors(module, quantized)
-    return {name: tensor.mT.contiguous() for name, tensor in made.items()} if _turned(output, transposed) else made
+    made, turned = output.tensors("", quantized), _turned(output, place.transposed)
+    return {
+        stored_name(output, place, suffix): tensor.mT.contiguous() if turned else tensor
+        for suffix, tensor in made.items()
+    }
 
 
-def from_store(
-    output: Format, module: str, tensors: dict[str, Tensor], like: QuantizedWeight, transposed: bool
-) -> Tensor:
+def from_store(output: Format, place: Place, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tensor:
     """`output.read` of what `to_store` made."""
-    turned = {name: tensor.mT for name, tensor in tensors.items()} if _turned(output, transposed) else tensors
-    return output.read(module, turned, like)
+    turned = _turned(output, place.transposed)
+    found = {}
+    for suffix in output.tensors("", like):
+        tensor = tensors.get(stored_name(output, place, suffix))
+        if tensor is not None:
+            found[place.prefix + suffix] = tensor.mT if turned else tensor
+    return output.read(place.prefix, found, like)
 
 
 def _turned(output: Format, transposed: bool) -> bool:

@@ -7,6 +7,7 @@ Layout: compressed-tensors 0.20 `compressors/pack_quantized`; loading with `dequ
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import stored
+from loftq_cli.formats.base import SLICE, stored
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 from loftq_cli.quantizers.packing import pack, unpack
 
@@ -36,9 +37,8 @@ def why_not(plan: Plan) -> str | None:
     With `dequantize` it applies the first scheme of the config to every layer: a second bit width loads as garbage, and
     silently so if the first is the smaller. And it drops what is not packed from the experts that it fuses.
     """
-    if plan.targets.has_fused_experts:
-        model = plan.targets.architecture
-        return f"its loader finds no weights for the experts of `{model}` unless they are quantized too"
+    if plan.targets.has_fused_experts and (problem := _why_not_experts(plan)):
+        return problem
     first = plan.jobs[0]
     for job in plan.jobs:
         if job.transposed:
@@ -53,6 +53,23 @@ def why_not(plan: Plan) -> str | None:
                 )
         if job.group_size > 0 and job.shape[1] % job.group_size:
             return f"the group size {job.group_size} does not divide in_features {job.shape[1]} of `{job.tensor}`"
+    return None
+
+
+def _why_not_experts(plan: Plan) -> str | None:
+    """It dequantizes experts that the files have one by one, all of them, before transformers puts them together."""
+    jobs = Counter(job.expert.stack for job in plan.jobs if job.expert is not None)
+    for job in plan.jobs:
+        if job.expert is not None and SLICE.fullmatch(job.tensor):
+            return f"its loader takes experts that the files have one by one, and `{job.tensor}` is part of a tensor"
+        if job.expert is not None and job.dtype != torch.float16:
+            kind = str(job.dtype).removeprefix("torch.")
+            return f"its loader leaves experts in the dtype of their scales, and `{job.tensor}` is {kind}, not float16"
+    for stack in plan.targets.stacks:
+        if jobs[stack] < stack.count * len(stack.pieces):
+            return f"its loader finds no weights for the experts of `{stack.module}` unless all are quantized"
+    if not plan.targets.stacks:
+        return f"its loader finds no weights for the experts of `{plan.targets.architecture}`"
     return None
 
 

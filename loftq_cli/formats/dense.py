@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import stored
+from loftq_cli.formats.base import Place, stored
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ def tensors(module: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
     if q.codes.is_meta:
         return {f"{module}.weight": torch.empty(q.shape, dtype=q.dtype, device="meta")}
     return {f"{module}.weight": dequantize(q).to(q.dtype)}
+
+
+def expert_name(place: Place, suffix: str) -> str:
+    """As in the source: experts of one tensor are slices of one tensor here, too."""
+    return place.tensor
 
 
 def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tensor:

@@ -8,6 +8,9 @@ Stored for each weight [m, n] with groups of g inputs, G = ceil(n / g) of them i
     scale        float16 [m, G]; or, double-quantized, uint8 [m, G], see `quantizers.nested`, beside
     scale_absmax float32 [ceil(m G / 256)] and scale_offset float32 [1]
 
+The matrices of experts are tensors of one experts' module, `experts.3.w1_codes` and so on; of experts that the source
+has in one tensor, `experts.3.gate_up_proj_codes`. (Were they modules called `w1`, PEFT would take them for targets.)
+
 Which modules are packed, and how, is said by name in `quantization_config`, so that one checkpoint can mix bits.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import RemoteCode, stored
+from loftq_cli.formats.base import Place, RemoteCode, stored
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 from loftq_cli.quantizers.nested import NESTED_BLOCK, NestedScale, dynamic_codebook, unnest
 from loftq_cli.quantizers.packing import pack, unpack
 
 if TYPE_CHECKING:
+    from loftq_cli.experts import ExpertStack
     from loftq_cli.plan import Plan
 
 name = "packed"
@@ -42,6 +47,7 @@ load_notes: tuple[str, ...] = (
 )
 scale_dtype = torch.float16
 
+PARAMETERS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})  # of experts
 METHOD = "loftq_packed"  # as `loftq_cli.runtime` registers it
 BITS = (2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +59,9 @@ TRAVELLING = (  # of this package
     "kernels/unpack",
     "kernels/product",
     "runtime/unpacking",
+    "runtime/scheme",
     "runtime/layer",
+    "runtime/experts",
     "runtime/hf",
 )
 
@@ -68,7 +76,30 @@ def why_not(plan: Plan) -> str | None:
                 f"blocks of {job.group_size} would span the rows of `{job.tensor}`, whose in_features are "
                 f"{job.shape[1]}"
             )
+    return _why_not_experts(plan)
+
+
+def _why_not_experts(plan: Plan) -> str | None:
+    """Refuse experts that no layer of `loftq_cli.runtime` could stand for."""
+    jobs = Counter(job.expert.stack for job in plan.jobs if job.expert is not None)
+    modules: dict[str, list[ExpertStack]] = {}
+    for stack in plan.targets.stacks:
+        modules.setdefault(stack.module, []).append(stack)
+    for module, stacks in modules.items():
+        if not any(jobs[stack] for stack in stacks):
+            continue
+        if plan.config.experts_adapter:
+            return "PEFT adds what `--experts-adapter` makes to all experts of a layer at once, dense"
+        if not all(stack.standard for stack in stacks) or {stack.parameter for stack in stacks} not in PARAMETERS:
+            return f"it has no layer for the experts of `{module}`"
+        if part := next((stack for stack in stacks if jobs[stack] < stack.count * len(stack.pieces)), None):
+            return f"the experts of `{module}` are packed all or none, and some of `{part.parameter}` are left out"
     return None
+
+
+def expert_name(place: Place, suffix: str) -> str:
+    """See the top of this file."""
+    return f"{place.prefix}_{suffix.removeprefix('.')}"
 
 
 def value_dtype(source_dtype: torch.dtype) -> torch.dtype:
@@ -132,9 +163,20 @@ def read(module: str, tensors: dict[str, Tensor], like: QuantizedWeight) -> Tens
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
     """See `Format.quantization_config`: every packed module by its full name, under the scheme that it is packed by."""
     schemes: dict[tuple[int, int, str], list[str]] = {}
+    by_piece: dict[tuple[ExpertStack, str], dict[int, tuple[int, int, str]]] = {}
     for job in plan.jobs:
         grid = {"uniform": "affine", "uniform-symmetric": "symmetric"}.get(job.quantizer, "codebook")
-        schemes.setdefault((job.bits, job.group_size, grid), []).append(job.module)
+        scheme = (job.bits, job.group_size, grid)
+        if job.expert is None:
+            schemes.setdefault(scheme, []).append(job.module)
+        else:
+            by_piece.setdefault((job.expert.stack, job.expert.piece), {})[job.expert.expert] = scheme
+    experts: dict[str, dict[str, list[str]]] = {}
+    for (stack, piece), of in by_piece.items():
+        experts.setdefault(stack.module, {})[stack.parameter] = list(stack.pieces)
+        numbers = ["*"] if len(set(of.values())) == 1 else of
+        for number, scheme in zip(numbers, of.values(), strict=False):
+            schemes.setdefault(scheme, []).append(f"{stack.module}.{number}.{piece}")
     return {
         "quant_method": METHOD,
         "version": 1,
@@ -148,6 +190,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
             }
             for (bits, group_size, grid), modules in schemes.items()
         ],
+        **({"experts": experts} if experts else {}),
     }
 
 

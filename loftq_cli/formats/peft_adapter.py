@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,30 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 def tensor_names(module: str) -> tuple[str, str]:
     """The names of `lora_A` and `lora_B` in adapter_model.safetensors, for the module name of the loaded model."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class StackedFactors:
+    """Where the factors of one matrix are, of a parameter that PEFT adapts as a whole, [experts, ...].
+
+    PEFT has lora_A [experts · pieces · r, n], one expert after the other, and lora_B [pieces · m, pieces · r · experts]
+    where the expert counts fastest (`ParamWrapper.get_delta_weight`). Pieces, matrices [m, n] that the parameter has
+    one on top of the other, each have factors of their own: lora_B is zero beside them.
+    """
+
+    lora_A: str
+    lora_B: str
+    experts: int
+    pieces: int
+    expert: int
+    piece: int
+
+    def views(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of this matrix in the whole tensors: [r, n] and [m, r]."""
+        r, m = len(lora_A) // (self.experts * self.pieces), len(lora_B) // self.pieces
+        first = (self.expert * self.pieces + self.piece) * r
+        columns = slice(self.piece * r * self.experts + self.expert, (self.piece + 1) * r * self.experts, self.experts)
+        return lora_A[first : first + r], lora_B[self.piece * m : (self.piece + 1) * m, columns]
 
 
 def stored_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -59,24 +84,52 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     alpha = plan.config.alpha
     assert alpha is not None, "a plan has decided it"
     head = plan.targets.head
+    modules = (job.module for job in plan.jobs if job.rank and job.expert is None)
+    parameters = target_parameters(plan)
+    pattern = {name: pieces for name, pieces in parameters.items() if pieces > 1}
     return {
         "peft_type": "LORA",
         "task_type": head.task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "r": plan.config.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": _plain(alpha),
         "use_rslora": plan.config.rslora,
-        "target_modules": target_modules((job.module for job in plan.jobs), all_module_names),
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "target_modules": target_modules(modules, all_module_names),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        "rank_pattern": {name: plan.config.rank * pieces for name, pieces in pattern.items()},
+        # with which PEFT has the same scaling for all
+        "alpha_pattern": {
+            name: _plain(alpha * (math.sqrt(pieces) if plan.config.rslora else pieces))
+            for name, pieces in pattern.items()
+        },
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(job.transposed for job in plan.jobs) and getattr(plan.format, "keeps_layers", False),
+        "fan_in_fan_out": any(job.transposed and job.rank and job.expert is None for job in plan.jobs)
+        and getattr(plan.format, "keeps_layers", False),
         "inference_mode": True,
         # the factors are in the file: any other value makes PEFT compute some, or quantize the base, while loading
         "init_lora_weights": True,
         **({"modules_to_save": list(head.modules_to_save)} if head.modules_to_save else {}),
     }
+
+
+def target_parameters(plan: Plan) -> dict[str, int]:
+    """The parameters that PEFT is to adapt, and the pieces of each: last parts of names where all that end so are in.
+
+    PEFT takes a parameter whose name ends in `.target`.
+    """
+    adapted = {job.expert.stack for job in plan.jobs if job.expert is not None and job.rank}
+    last = {stack: f"{_last(stack.module)}.{stack.parameter}" for stack in plan.targets.stacks}
+    too_wide = {last[stack] for stack in plan.targets.stacks if stack not in adapted}
+    return {
+        f"{stack.module}.{stack.parameter}" if last[stack] in too_wide else last[stack]: len(stack.pieces)
+        for stack in adapted
+    }
+
+
+def _plain(alpha: float) -> float:
+    """An integer where it is one."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def target_modules(modules: Iterable[str], all_module_names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from loftq_cli.methods.cloq import cloq
 from loftq_cli.methods.inputs import GramMethod, Inputs
 from loftq_cli.methods.loftq import loftq
 from loftq_cli.methods.qera import qera
-from loftq_cli.methods.qlora import qlora
+from loftq_cli.methods.qlora import qlora, without_factors
 
 METHODS: dict[str, Method] = {
     "loftq": loftq,
@@ -35,4 +35,5 @@ __all__ = [
     "seed_for",
     "squared_norm",
     "untimed",
+    "without_factors",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loftq_cli.lowrank import LowRankFactors, uniform
 from loftq_cli.methods.base import Decomposition, Timed, untimed
-from loftq_cli.quantizers.base import Quantizer
+from loftq_cli.quantizers.base import Quantizer, quantize_residual
 
 
 def qlora(
@@ -21,6 +21,19 @@ def qlora(
     iterations = torch.zeros(len(W), dtype=torch.int64, device=W.device)
     start = zero_start(W, rank, seeds)
     return Decomposition(quantized, start, start, iterations)
+
+
+def without_factors(W: Tensor, quantizer: Quantizer, *, timed: Timed = untimed) -> Decomposition:
+    """Quantize `W` [B, m, n], and have no adapter: factors of rank 0."""
+    B, m, n = W.shape
+    with timed("quantize"):
+        quantized, _ = quantize_residual(quantizer, W)
+    none = LowRankFactors(
+        torch.zeros(B, 0, n, device=W.device),
+        torch.zeros(B, m, 0, device=W.device),
+        torch.zeros(B, dtype=torch.float64, device=W.device),
+    )
+    return Decomposition(quantized, none, none, torch.zeros(B, dtype=torch.int64, device=W.device))
 
 
 def zero_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:

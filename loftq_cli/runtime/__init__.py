@@ -1,8 +1,10 @@
 """Import this to load `packed` checkpoints with transformers: it registers their quantization method."""
 
+from loftq_cli.runtime.experts import PackedExperts
 from loftq_cli.runtime.hf import PackedConfig, PackedQuantizer, register
-from loftq_cli.runtime.layer import PackedLinear, Scheme
+from loftq_cli.runtime.layer import PackedLinear
+from loftq_cli.runtime.scheme import Scheme
 
 register(again=True)
 
-__all__ = ["PackedConfig", "PackedLinear", "PackedQuantizer", "Scheme"]
+__all__ = ["PackedConfig", "PackedExperts", "PackedLinear", "PackedQuantizer", "Scheme"]

@@ -15,20 +15,33 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from loftq_cli.runtime.layer import PackedLinear, Scheme, become_dense
+from loftq_cli.runtime.experts import PackedExpert, PackedExperts, pack_experts, packed_pieces, unpack_experts
+from loftq_cli.runtime.layer import PackedLinear, become_dense
+from loftq_cli.runtime.scheme import Scheme
 
 METHOD = "loftq_packed"
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint: schemes, each with the full names of its modules."""
+    """`quantization_config` of a packed checkpoint: schemes, each with the full names of its modules.
 
-    def __init__(self, schemes: list[dict[str, Any]], version: int = 1, **_: Any) -> None:
+    `experts` are modules of experts by name, each with the matrices that its parameters are made of (see `Pieces`).
+    These have schemes under `{module}.{number}.{matrix}`, or `{module}.*.{matrix}` for those of all experts.
+    """
+
+    def __init__(
+        self,
+        schemes: list[dict[str, Any]],
+        version: int = 1,
+        experts: dict[str, dict[str, list[str]]] | None = None,
+        **_: Any,
+    ) -> None:
         if version != 1:
             raise ValueError(f"this checkpoint is packed in version {version}, and only 1 is known: update loftq")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
         self.schemes = schemes
+        self.experts = experts or {}
 
     def by_module(self) -> dict[str, Scheme]:
         """The scheme of each packed module."""
@@ -52,12 +65,24 @@ class PackedQuantizer(HfQuantizer):
             ValueError: the model has none of these names, or one is no plain linear layer.
         """
         schemes = self.quantization_config.by_module()
-        absent = dict.fromkeys(schemes)
+        experts = self.quantization_config.experts
+        inside = tuple(f"{name}." for name in experts)
+        absent = dict.fromkeys([*(name for name in schemes if not name.startswith(inside)), *experts])
+        wanted = len(absent)
         # which the names lack, or have more, where a part of the model is loaded
         prefix = f"{model.base_model_prefix}."
         for name, layer in list(model.named_modules()):
-            named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in schemes), None)
+            named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in absent), None)
             if named is None:
+                continue
+            absent.pop(named)
+            if named in experts:
+                pieces = {parameter: tuple(names) for parameter, names in experts[named].items()}
+
+                def scheme(number: int, piece: str, named: str = named) -> Scheme:
+                    return schemes.get(f"{named}.*.{piece}") or schemes[f"{named}.{number}.{piece}"]
+
+                pack_experts(layer, pieces, scheme)
                 continue
             if not isinstance(layer, nn.Linear | Conv1D):
                 raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
@@ -65,11 +90,10 @@ class PackedQuantizer(HfQuantizer):
             with torch.device("meta"):
                 packed = PackedLinear(n, m, layer.bias is not None, schemes[named], layer.weight.dtype)
             model.set_submodule(name, packed)
-            absent.pop(named, None)
         if absent:
-            found = f"{len(schemes) - len(absent)} of the {len(schemes)} packed layers of the checkpoint"
+            found = f"{wanted - len(absent)} of the {wanted} packed layers of the checkpoint"
             text = f"{type(model).__name__} has {found}; it has no `{next(iter(absent))}`"
-            if len(absent) == len(schemes):
+            if len(absent) == wanted:
                 raise ValueError(text)
             warnings.warn(text, stacklevel=2)
 
@@ -83,15 +107,17 @@ class PackedQuantizer(HfQuantizer):
         if len(devices) > 1 or "disk" in devices:
             return  # accelerate has moved the tensors, and with them the loader's marks are gone
         for name, layer in model.named_modules():
-            for key, buffer in layer.named_buffers() if isinstance(layer, PackedLinear) else ():
+            for key, buffer in layer.named_buffers() if isinstance(layer, PackedLinear | PackedExpert) else ():
                 if not getattr(buffer, "_is_hf_initialized", False):
                     raise ValueError(f"the checkpoint has no tensor for `{name}.{key}`")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a saved config has it
-        for layer in model.modules():
+        for layer in list(model.modules()):
             if isinstance(layer, PackedLinear):
                 become_dense(layer, layer.dequantize(named or layer.compute_dtype))
+            elif isinstance(layer, PackedExperts):
+                unpack_experts(layer, named or layer.compute_dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -99,12 +125,20 @@ class PackedQuantizer(HfQuantizer):
         packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
         if any(name.endswith(".base_layer") for name in packed):  # as they are called while an adapter is attached
             return None, {}
-        if not packed:
+        experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+        if not packed and not experts:
             self.remove_quantization_config(model)
             return None, {}
         schemes: dict[Scheme, list[str]] = {}
         for name, layer in packed.items():
             schemes.setdefault(layer.scheme, []).append(name)
+        for name, module in experts.items():
+            for piece, scheme in packed_pieces(module).items():
+                schemes.setdefault(scheme, []).append(f"{name}.{piece}")
+        self.quantization_config.experts = {
+            name: {parameter: list(pieces) for parameter, pieces in module.pieces.items()}
+            for name, module in experts.items()
+        }
         self.quantization_config.schemes = [{**vars(scheme), "modules": names} for scheme, names in schemes.items()]
         return None, {}
 

@@ -7,10 +7,8 @@ This file, and what it imports, also travels inside checkpoints (see `loftq_cli.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +16,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from loftq_cli.kernels.packed import Packed
-from loftq_cli.quantizers.nested import NESTED_BLOCK, dynamic_codebook
+from loftq_cli.runtime.scheme import Scheme, keeping_dtypes
 from loftq_cli.runtime.unpacking import dequantize, multiply
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How a weight is packed.
+class Unpackable(Protocol):
+    """What holds one packed weight."""
 
-    Args:
-        bits: 2, 3, 4 or 8.
-        group_size: inputs that share a scale; -1 for a whole row.
-        grid: `affine` (a zero point per group), `symmetric` (zero point 2**(bits - 1)) or `codebook`.
-        double_quant: the scales are 8-bit codes.
-    """
-
-    bits: int
-    group_size: int
-    grid: str
-    double_quant: bool = False
+    def packed(self) -> Packed:
+        """Its tensors."""
+        ...
 
 
 class PackedLinear(nn.Linear):
@@ -57,26 +46,11 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which would allocate the weight
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.compute_dtype = dtype  # that of `weight`; `forward` computes in the dtype of its input
-        m, n = out_features, in_features
-        groups = math.ceil(n / self.group_size)
-        self.register_buffer("codes", torch.empty(m, math.ceil(n * scheme.bits / 32), dtype=torch.int32))
-        if scheme.grid == "codebook":
-            self.register_buffer("codebook", torch.empty(2**scheme.bits, dtype=torch.float32))
-        if scheme.grid == "affine":
-            words = math.ceil(m * groups * scheme.bits / 32)
-            self.register_buffer("zero_point", torch.empty(words, dtype=torch.int32))
-        scale_dtype = torch.uint8 if scheme.double_quant else torch.float16
-        self.register_buffer("scale", torch.empty(m, groups, dtype=scale_dtype))
-        if scheme.double_quant:
-            blocks = math.ceil(m * groups / NESTED_BLOCK)
-            self.register_buffer("scale_absmax", torch.empty(blocks, dtype=torch.float32))
-            self.register_buffer("scale_offset", torch.empty(1, dtype=torch.float32))
-        nn.Module.register_parameter(self, "bias", nn.Parameter(torch.empty(m, dtype=dtype)) if bias else None)
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale."""
-        return self.in_features if self.scheme.group_size == -1 else self.scheme.group_size
+        for name, buffer in scheme.empty(out_features, in_features).items():
+            self.register_buffer(name, buffer)
+        nn.Module.register_parameter(
+            self, "bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dense weight [m, n]: computed in float32, rounded to `dtype`."""
@@ -84,31 +58,12 @@ class PackedLinear(nn.Linear):
 
     def packed(self) -> Packed:
         """The tensors, by the names of `formats.packed`."""
-        tensors: Any = self._buffers.get  # quicker than attributes of modules: in generation microseconds count
-        nested = self.scheme.double_quant
-        return Packed(
-            shape=(self.out_features, self.in_features),
-            bits=self.scheme.bits,
-            group_size=self.group_size,
-            codes=tensors("codes"),
-            scale=tensors("scale"),
-            absmax=tensors("scale_absmax"),
-            offset=tensors("scale_offset"),
-            levels=dynamic_codebook(self.codes.device) if nested else None,
-            zero_point=tensors("zero_point"),
-            codebook=tensors("codebook"),
-        )
+        get: Any = self._buffers.__getitem__  # `get_buffer` takes longer: in generation microseconds count
+        return self.scheme.packed(self.out_features, self.in_features, get)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`."""
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        trains = input.requires_grad or (bias is not None and bias.requires_grad)
-        if not (trains and torch.is_grad_enabled()):
-            return multiply(input, self.packed(), bias)
-        output: Tensor = _Product.apply(input, bias, self)
-        return output
+        return product(input, self, self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -136,17 +91,21 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move codes and scales, but never cast them: `to(dtype)` changes what is computed, not what is stored."""
-        own = {id(buffer) for buffer in self._buffers.values()}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in own and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtypes(fn, {id(buffer) for buffer in self._buffers.values()}), recurse)
         return self
+
+
+def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, with gradients of `x` and of the bias."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    trains = x.requires_grad or (bias is not None and bias.requires_grad)
+    if not (trains and torch.is_grad_enabled()):
+        return multiply(x, layer.packed(), bias)
+    output: Tensor = _Product.apply(x, bias, layer)
+    return output
 
 
 def become_dense(layer: PackedLinear, weight: Tensor) -> None:
@@ -161,7 +120,7 @@ class _Product(torch.autograd.Function):
     """`x @ W.T + bias` with a W that is made, used and dropped in each direction: only codes are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Unpackable) -> Tensor:
         ctx.layer = layer
         return multiply(x, layer.packed(), bias)
 
@@ -170,7 +129,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_x, to_bias, _ = ctx.needs_input_grad
         return (
-            gradient @ ctx.layer.dequantize(gradient.dtype) if to_x else None,
+            gradient @ dequantize(ctx.layer.packed(), gradient.dtype) if to_x else None,
             gradient.reshape(-1, gradient.shape[-1]).sum(0) if to_bias else None,
             None,
         )
