@@ -98,6 +98,7 @@ def quantize(
     trust_remote_code: options.TrustRemoteCode = None,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
+    report_control: options.ReportControl = False,
     dry_run: options.DryRun = False,
     device: options.Device = None,
     activation_budget: options.ActivationBudget = None,
@@ -150,6 +151,10 @@ def quantize(
                 "interrupted; what is done is kept" if kept else "interrupted before anything was done",
                 f"go on with `{again('--resume')}`" if kept else "",
             ) from None
+        if report_control and not silent:
+            from loftq_cli.control import add_control
+
+            report = add_control(plan, out, report)
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
         show.report(output, report, out, model)

@@ -163,6 +163,15 @@ Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted ru
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what loftq wrote in OUT.", rich_help_panel=OUTPUT)
 ]
+ReportControl = Annotated[
+    bool,
+    typer.Option(
+        "--report-control",
+        help="Also measure what the bytes of base and adapter would buy without an adapter: more bits for the weights "
+        "that gain most. Of a finished OUT, too.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.", rich_help_panel=OUTPUT),

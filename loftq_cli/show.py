@@ -17,6 +17,7 @@ from loftq_cli import verify as verification
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import TABLE_WIDTH, Out
+from loftq_cli.control import sentence
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
@@ -117,6 +118,8 @@ def report(output: Out, report: Mapping[str, Any], out: Path, source: str | None
     )
     if training := trained(report):
         output.result(training)
+    if control := report.get("control"):
+        output.result(sentence(control, totals["relative_error"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
