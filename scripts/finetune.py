@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_common
 import bench_perplexity
 from bench_common import file_name, print_table, say
-from finetune_base import describe_base, made
+from finetune_base import describe_base, made, write_control
 from finetune_plot import plot
 from finetune_results import COLUMNS, FULL, SEARCH_SEED, Results, reported
 from finetune_tasks import SIZES, TASKS, described
@@ -47,7 +47,12 @@ ARMS = (
     "qlora-nf", "qlora", "loftq-nf", "loftq", "loftq-lloyd", "qera", "cloq-lloyd", "apiq-bw", "apiq-bw-finish-lloyd",
     "apiq-bw-paper",
 )  # fmt: skip
-ONLY_AT = {"apiq-bw-paper": ("2",)}  # its 20 epochs take long
+CONTROLS = {  # as many bytes as base and adapter of the rank, without an adapter: measured, not trained
+    "same-bytes": "--method qlora --format dense",  # plain rounding, and an adapter of rank 1 that is zero
+    "same-bytes-cloq": "--method cloq --format dense",  # looking at text; with an adapter of rank 1
+}
+ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *CONTROLS)}  # the first's 20 epochs take long
+NAMES = (FULL, *bench_perplexity.ARMS, *CONTROLS)
 LRS = (3e-4, 1e-3, 3e-3)
 
 
@@ -64,10 +69,15 @@ class Clock:
         return fits
 
 
-def quantize_flags(arm: str, bits: str, rank: int, calibration: list[str]) -> list[str]:
-    """As of `bench.py perplexity`; paths in the repository are relative to it."""
-    width, config = BITS[bits]
-    return [*(["--config", config] if config else []), *bench_perplexity.quantize_flags(arm, width, rank, calibration)]
+def quantize_flags(item: dict[str, Any], arm: str, calibration: list[str]) -> list[str]:
+    """As of `bench.py perplexity`; files of configurations are relative, to the repository or to what is kept."""
+    if item["arm"] == FULL:
+        return []
+    if item["arm"] in CONTROLS:
+        return ["--config", f"same-bytes-{item['rank']}.yaml", *bench_perplexity.quantize_flags(arm, 2, 1, calibration)]
+    width, config = BITS[item["bits"]]
+    flags = bench_perplexity.quantize_flags(arm, width, item["rank"], calibration)
+    return ["--config", config, *flags] if config else flags
 
 
 def items(arms: dict[str, str], bits: list[str], ranks: list[int]) -> list[dict[str, Any]]:
@@ -115,9 +125,7 @@ def fill_item(
     windows = ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     given = Path(arguments.calibration)
     flags, shown = (
-        []
-        if item["arm"] == FULL
-        else quantize_flags(arguments.arms[item["arm"]], item["bits"], item["rank"], ["--calibration", text, *windows])
+        quantize_flags(item, arguments.arms[item["arm"]], ["--calibration", text, *windows])
         for text in (str(given), given.name if given.exists() else str(given))  # results name no folders
     )
     if arguments.again:
@@ -126,18 +134,22 @@ def fill_item(
     if known and known["flags"] != shlex.join(shown):
         raise ValueError(f"what is there was made with `{known['flags']}`: measure it `--again`, or name another --arm")
 
-    def missing(task: str) -> tuple[int, float] | None:
-        return next_run(results, item | {"task": task}, arguments.seeds, arguments.lrs)
+    control = item["arm"] in CONTROLS
 
-    wanted = [task for task in arguments.tasks if missing(task)]
+    def missing(task: str) -> tuple[int, float] | None:
+        return None if control else next_run(results, item | {"task": task}, arguments.seeds, arguments.lrs)
+
+    wanted = [t for t in arguments.tasks if missing(t) or (control and not (known and t in known["before"]))]
     if not wanted:
-        said = "there already" if all(results.chosen(**item, task=task) for task in arguments.tasks) else "not searched"
-        say(f"{label}: {said}")
+        done = control or all(results.chosen(**item, task=task) for task in arguments.tasks)
+        say(f"{label}: {'there already' if done else f'its rate is not searched yet, which seed {SEARCH_SEED} does'}")
         return
     seconds = (known and known["seconds"]) or guess(shown)
     if not clock.fits(seconds + expected(results, wanted[0]), label):
         return
     say(label)
+    if control:
+        flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, cache / flags[1]))
     with made(arguments.model, flags, cache, keep=arguments.cache is not None) as base:
         tuned = Tuned(base.folder, item["rank"], arguments.device, fresh=not flags, graphs=not arguments.eager)
         described_as = known or describe_base(item, base, arguments.model, shown)
@@ -181,7 +193,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     add("--model", type=Path, help="a checkpoint, e.g. of scripts/get_smollm2.py")
     add("--bits", nargs="+", choices=BITS, default=list(BITS))
     add("--ranks", type=int, nargs="+", default=[16, 64])
-    add("--arms", nargs="+", choices=(FULL, *bench_perplexity.ARMS), metavar="ARM", help="default: all of the table")
+    add("--arms", nargs="+", choices=NAMES, metavar="ARM", help="default: all of the table")
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help="an arm of `loftq quantize` more; repeatable")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=f"{SEARCH_SEED} searches the learning rate")
@@ -203,11 +215,12 @@ def parse(given: list[str]) -> argparse.Namespace:
     extra = {}
     for arm in parsed.arm:
         name, equals, flags = arm.partition("=")
-        if not equals or not name or name in (FULL, *bench_perplexity.ARMS, *extra):
+        if not equals or not name or name in (*NAMES, *extra):
             parser.error(f"--arm {arm!r}: not NAME=FLAGS, or the name is taken")
         extra[name] = flags
-    names = parsed.arms or ([] if extra else [FULL, *ARMS])
-    parsed.arms = {name: bench_perplexity.ARMS.get(name, "") for name in names} | extra
+    names = parsed.arms or ([] if extra else [FULL, *ARMS, *CONTROLS])
+    known = bench_perplexity.ARMS | CONTROLS
+    parsed.arms = {name: known.get(name, "") for name in names} | extra
     parsed.sizes = dict(SIZES)
     for assignment in parsed.steps:
         name, _, number = assignment.partition("=")
@@ -233,7 +246,7 @@ def main(given: list[str]) -> int:
         "model": arguments.model.resolve().name, "group_size": bench_common.GROUP_SIZE,
         "tasks": described(arguments.sizes),
     }  # fmt: skip
-    results = Results(file, common, bench_perplexity.ARMS, begin=bench_common.HERE / file.name)
+    results = Results(file, common, NAMES, begin=bench_common.HERE / file.name)
     results.machine = bench_common.machine()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         failed = fill(results, arguments, clock, arguments.cache or Path(work))
@@ -248,8 +261,8 @@ def main(given: list[str]) -> int:
 def merge(files: list[Path]) -> None:
     """Add the rows of `files` to those of the same name here."""
     for file in files:
-        more = Results(file, Results.settings(file), bench_perplexity.ARMS)
-        ours = Results(bench_common.RESULTS / file.name, more.common, bench_perplexity.ARMS)
+        more = Results(file, Results.settings(file), NAMES)
+        ours = Results(bench_common.RESULTS / file.name, more.common, NAMES)
         ours.machine = ours.machine or more.machine
         ours.add(more.runs, more.bases)
 
@@ -258,7 +271,7 @@ def table() -> int:
     """Print tables, put them into README.md, and draw the loss curves beside the files."""
     files = sorted(bench_common.HERE.glob(f"{NAME}*.json"))
     for file in files:
-        results = Results(file, Results.settings(file), bench_perplexity.ARMS)
+        results = Results(file, Results.settings(file), NAMES)
         with results.locked():  # written anew, as tables are made now
             print_table(results.table(), COLUMNS)
         plot(results, file.with_suffix(".svg"))

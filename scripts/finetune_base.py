@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_common import say
+from bench_common import GROUP_SIZE, say
 from bench_quantize import run_process
 from finetune_tasks import digest
 
@@ -62,8 +62,24 @@ def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str
 
     known = {key: value for key, value in base.report["config"].items() if key in QuantizeConfig.model_fields}
     plan = plan_quantize(str(model), QuantizeConfig(**{**known, "format": "packed", "device": "cpu"}))
+    idle = plan.config.method == "qlora" and plan.config.rank != item["rank"]  # of a control: zero, and stays so
     return row | {
         "bits per weight": plan.bits_per_weight,
-        "with adapter": plan.bits_per_weight + 8 * plan.adapter_bytes / plan.parameters,
+        "with adapter": None if idle else plan.bits_per_weight + 8 * plan.adapter_bytes / plan.parameters,
         "relative error": base.report["totals"]["relative_error"],
     }
+
+
+def write_control(model: Path, rank: int, device: str, file: Path) -> Path:
+    """A configuration with as many bytes as a 2-bit base and an adapter of `rank`, spent as `--report-control` does."""
+    from loftq_cli.config import QuantizeConfig
+    from loftq_cli.control import control
+    from loftq_cli.pipeline import plan_quantize
+
+    config = QuantizeConfig(bits=2, rank=rank, group_size=GROUP_SIZE, quantizer="lloyd", format="packed", device=device)
+    bits_for = control(plan_quantize(str(model), config))["bits_for"]
+    quantizer = "uniform" if 8 in bits_for.values() else "lloyd"  # codebooks do not have 8 bits
+    lines = [f"quantizer: {quantizer}", "bits_for:", *(f"  {module}: {bits}" for module, bits in bits_for.items())]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+    return file

@@ -68,6 +68,17 @@ def filled(small: Path, settings: list[str]) -> dict[str, Any]:
     return {"file": file, "arguments": [*settings, "--arms", *ARMS], "content": json.loads(file.read_text())}
 
 
+def made_by_method(small: Path) -> dict[str, Path]:
+    """Outputs of loftq that the arms of `ARMS` were trained on."""
+    found = {}
+    for file in (small / "cache").glob("*/loftq_report.json"):
+        config = json.loads(file.read_text())["config"]
+        if not config["bits_for"]:  # of the control
+            found[config["method"]] = file.parent
+    assert set(found) == set(ARMS) - {"lora16"}
+    return found
+
+
 def test_every_arm_is_trained_on_the_same_data(filled: dict[str, Any]) -> None:
     runs = filled["content"]["runs"]
     found = {(run["arm"], run["task"], run["seed"]) for run in runs}
@@ -104,17 +115,28 @@ def test_the_table_is_made_of_the_runs(filled: dict[str, Any]) -> None:
     assert all(2.2 < bits < 2.4 for bits in bits_per_weight[1:])  # as packed, though computed dense
 
 
+def test_a_control_has_the_bytes_and_is_not_trained(filled: dict[str, Any]) -> None:
+    arguments = [*filled["arguments"][: filled["arguments"].index("--arms")], "--arms", "same-bytes"]
+    before = filled["file"].read_text()
+    assert finetune.main(arguments) == 0
+    content = json.loads(filled["file"].read_text())
+    assert len(content["runs"]) == len(filled["content"]["runs"])
+    row, (loftq,) = content["rows"][-1], [row for row in content["rows"] if row["arm"] == "loftq"]
+    assert (row["arm"], row["bits"], row["rank"], row["accuracy, %"]) == ("same-bytes", "2", 4, None)
+    assert float(loftq["bits per weight"]) + 1 < float(row["bits per weight"]) <= float(loftq["with adapter"])
+    errors = {base["arm"]: base["relative error"] for base in content["bases"]}
+    assert errors["same-bytes"] < 0.7 * errors["loftq"]
+    (base,) = [base for base in content["bases"] if base["arm"] == "same-bytes"]
+    assert set(base["before"]) == set(SIZES)
+    filled["file"].write_text(before)
+
+
 def test_before_training_it_is_what_loftq_eval_says(filled: dict[str, Any], small: Path) -> None:
     bases = {base["arm"]: base for base in filled["content"]["bases"]}
-    seen = 0
-    for folder in (small / "cache").iterdir():
-        if (folder / "loftq_report.json").exists():
-            method = json.loads((folder / "loftq_report.json").read_text())["config"]["method"]
-            size = SIZES["austen"]
-            measured = evaluate(folder, tasks.AUSTEN_TEST, seqlen=size.tokens, max_tokens=size.test, device="cpu")
-            assert bases[method]["before"]["austen"]["nll"] == pytest.approx(measured.rows[-1].nll, rel=1e-5)
-            seen += 1
-    assert seen == 3
+    size = SIZES["austen"]
+    for method, folder in made_by_method(small).items():
+        measured = evaluate(folder, tasks.AUSTEN_TEST, seqlen=size.tokens, max_tokens=size.test, device="cpu")
+        assert bases[method]["before"]["austen"]["nll"] == pytest.approx(measured.rows[-1].nll, rel=1e-5)
     assert len({base["before"]["austen"]["nll"] for base in bases.values()}) == 4
 
 
@@ -262,10 +284,7 @@ def test_every_training_begins_at_the_same_start_and_learns(small: Path) -> None
 
 
 def test_zero_adapters_begin_alike_and_others_as_loftq_left_them(small: Path, filled: dict[str, Any]) -> None:
-    folders = {}
-    for folder in (small / "cache").iterdir():
-        if (folder / "loftq_report.json").exists():
-            folders[json.loads((folder / "loftq_report.json").read_text())["config"]["method"]] = folder
+    folders = made_by_method(small)
     fresh = training.Tuned(small / "model", 4, "cpu", fresh=True)
     qlora, loftq = (training.Tuned(folders[name], 4, "cpu", fresh=False) for name in ("qlora", "loftq"))
     for tuned in (fresh, qlora, loftq):
@@ -288,7 +307,8 @@ def test_mixtures_and_their_order(tiny_llama: Path) -> None:
     from loftq_cli.config import load_config
 
     for bits, expected in {"2": 2.0, "3": 3.0, "4": 4.0, "3-mixed": 3.0, "2.5": 3.0, "2.25": 3.0}.items():
-        flags = finetune.quantize_flags("--method loftq --quantizer nf --format packed", bits, 8, [])
+        item = {"arm": "loftq", "bits": bits, "rank": 8}
+        flags = finetune.quantize_flags(item, "--method loftq --quantizer nf --format packed", [])
         given = dict(zip(flags[::2], flags[1::2], strict=True))
         config = given.pop("--config", None)
         options = {name[2:].replace("-", "_"): int(v) if v.isdigit() else v for name, v in given.items()}
