@@ -150,7 +150,7 @@ class Results:
                 runs = self.chosen(**key, task=task)
                 for metric, column, factor, digits in shown:
                     row[column] = spread([run["test"][metric] for run in runs], factor, digits)
-                rates.append(f"{runs[0]['lr']:.0e}".replace("e-0", "e-") if runs else "–")
+                rates.append(f"{runs[0]['lr']:g}" if runs else "–")
                 if task == "austen" and runs and full[base["rank"]]:
                     ours = mean_of(run["test"]["perplexity"] for run in runs)
                     row["× 16-bit"] = None if ours is None else f"{ours / full[base['rank']]:.3f}"

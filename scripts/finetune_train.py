@@ -32,6 +32,8 @@ class Tuned:
         else:
             self.model = PeftModel.from_pretrained(self.causal, str(base), subfolder="loftq_init", is_trainable=True)
         self.device, self.dtype = torch.device(device), self.causal.dtype
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # graphs are recorded on the current one
         self.graphs = graphs and self.device.type == "cuda"
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         assert named
@@ -78,6 +80,12 @@ class Tuned:
         with torch.no_grad(), self.autocast():
             return task.evaluate(self, part)
 
+    def gradients(self) -> Any:
+        """All of them in one vector."""
+        import torch
+
+        return torch.cat([p.grad.flatten() for p in self.parameters.values()])
+
     def stepper(self, task: Any, example: tuple[Any, ...]) -> Callable[..., Any]:
         """A function of a batch that returns its loss and leaves gradients; on a GPU it replays recorded kernels.
 
@@ -102,12 +110,16 @@ class Tuned:
             for _ in range(3):
                 plain(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
+        expected = self.gradients()
         graph = torch.cuda.CUDAGraph()
         for p in self.parameters.values():
             p.grad = None  # so that the graph makes gradients of its own, and every replay writes them anew
         try:
             with torch.cuda.graph(graph):
                 loss = plain(*inputs)
+            graph.replay()
+            if (self.gradients() - expected).norm() > 0.05 * expected.norm():
+                raise RuntimeError("it gives other gradients")
         except RuntimeError as error:
             say(f"  no CUDA graph, and so slower: {str(error).splitlines()[0]}")
             self.graphs = False

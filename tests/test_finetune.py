@@ -223,7 +223,7 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     assert finetune.next_run(kept, base | {"task": "austen"}, [0, 1], [1e-4, 1e-3, 1e-2]) == (1, 1e-3)
     kept.add([row(1e-3, 1, 9.0, 32.0)])
     assert kept.table()[0]["Austen perplexity"] == "31.00 ± 1.41 (n = 2)"
-    assert kept.table()[0]["learning rates"] == "–, 1e-3"
+    assert kept.table()[0]["learning rates"] == "–, 0.001"
 
 
 def test_no_headline_is_held_out_and_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +281,23 @@ def test_every_training_begins_at_the_same_start_and_learns(small: Path) -> None
         assert first["data"] == again["data"] != other["data"]
         tuned.reset(0)
         assert tuned.evaluate(task, "validation") == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replayed_steps_train_as_launched_ones(small: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    for name, make in tasks.TASKS.items():
+        task = make(tokenizer, "cuda", replace(SIZES[name], steps=40, batch=4))
+        replayed, launched = (
+            training.Tuned(small / "model", 8, "cuda", fresh=True, graphs=graphs) for graphs in (True, False)
+        )
+        first, second = (tuned.train(task, 1e-2, seed=1) for tuned in (replayed, launched))
+        assert (first["graph"], second["graph"]) == (True, False)
+        assert first["curve"] == pytest.approx(second["curve"], rel=0.02)
+        assert replayed.train(task, 1e-2, seed=1)["curve"] == pytest.approx(first["curve"], rel=0.02)
 
 
 def test_zero_adapters_begin_alike_and_others_as_loftq_left_them(small: Path, filled: dict[str, Any]) -> None:
