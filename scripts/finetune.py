@@ -150,7 +150,7 @@ def fill_item(
     say(label)
     if control:
         flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, cache / flags[1]))
-    with made(arguments.model, flags, cache, keep=arguments.cache is not None) as base:
+    with made(arguments.model, flags, arguments.device, cache, keep=arguments.cache is not None) as base:
         tuned = Tuned(base.folder, item["rank"], arguments.device, fresh=not flags, graphs=not arguments.eager)
         described_as = known or describe_base(item, base, arguments.model, shown)
         for name in wanted:

@@ -29,7 +29,7 @@ class Base:
 
 
 @contextmanager
-def made(model: Path, flags: list[str], cache: Path, keep: bool) -> Iterator[Base]:
+def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool) -> Iterator[Base]:
     """The output of `loftq quantize` with `flags`, from `cache` or made now; the model itself without flags."""
     if not flags:
         yield Base(model, None, 0.0)
@@ -43,7 +43,7 @@ def made(model: Path, flags: list[str], cache: Path, keep: bool) -> Iterator[Bas
         if not (folder / "loftq_report.json").exists():  # written last
             absolute = [str(ROOT / flag) if flag.startswith("configs/") else flag for flag in flags]
             command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "-q", "--resume", *absolute]
-            seconds = run_process([*command, str(model), str(folder)])["wall"]
+            seconds = run_process([*command, "--device", device, str(model), str(folder)])["wall"]
             say(f"  quantized in {seconds:.1f} s")
     try:
         yield Base(folder, json.loads((folder / "loftq_report.json").read_text()), seconds)

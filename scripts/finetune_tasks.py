@@ -106,16 +106,15 @@ class Headlines:
     def gather(self, places: Any) -> tuple[Any, ...]:
         return tuple(column[places] for column in self.parts["train"])
 
-    def answer(self, tuned: Any, ids: Any, last: Any) -> Any:
-        """Logits [rows, words] of what follows the question."""
+    def end(self, tuned: Any, ids: Any, last: Any) -> Any:
+        """What the head sees at the end of the question, [rows, hidden]."""
         hidden = tuned.hidden(ids)
-        ends = last[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return tuned.head(hidden.gather(1, ends)[:, 0]).float()
+        return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
 
     def loss(self, tuned: Any, ids: Any, last: Any, label: Any) -> Any:
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self.answer(tuned, ids, last), self.words[label])
+        return cross_entropy(tuned.head(self.end(tuned, ids, last)).float(), self.words[label])
 
     def evaluate(self, tuned: Any, part: str) -> dict[str, float | None]:
         from torch.nn.functional import cross_entropy
@@ -124,7 +123,7 @@ class Headlines:
         count, right, nll = len(columns[0]), 0, 0.0
         at_a_time = ROWS_AT_A_TIME["headlines"]
         for ids, last, label in zip(*(column.split(at_a_time) for column in columns), strict=True):
-            logits = self.answer(tuned, ids, last)[:, self.words]
+            logits = tuned.head_of(self.words, self.end(tuned, ids, last))
             right += int((logits.argmax(dim=1) == label).sum())
             nll += float(cross_entropy(logits.double(), label, reduction="sum"))
         return {"nll": mean(nll, count), "accuracy": right / count}

@@ -59,6 +59,15 @@ class Tuned:
     def head(self, hidden: Any) -> Any:
         return self.causal.get_output_embeddings()(hidden)
 
+    def head_of(self, words: Any, hidden: Any) -> Any:
+        """Logits of some words, in float32: in bfloat16 close ones would be equal."""
+        import torch
+
+        head = self.causal.get_output_embeddings()
+        assert head.bias is None
+        with torch.autocast(self.device.type, enabled=False):
+            return hidden.float() @ head.weight[words].float().T
+
     def reset(self, seed: int) -> None:
         """The start again. Where it is zero, lora_A is drawn anew as PEFT draws it: for all arms the same by seed."""
         import torch
