@@ -176,7 +176,7 @@ def guess(flags: list[str]) -> float:
     method = re.search(r"--method (\S+)", shlex.join(flags))
     if method is None or method[1] in bench_perplexity.WITHOUT_TEXT:
         return 10.0 if method else 0.0
-    return 45.0 if not method[1].startswith("apiq") else 900.0 if "--epochs" in flags else 300.0
+    return 45.0 if not method[1].startswith("apiq") else 600.0 if "--epochs" in flags else 300.0
 
 
 def load_task(name: str, arguments: argparse.Namespace) -> Any:
