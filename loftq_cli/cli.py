@@ -104,6 +104,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     push_to_hub: options.PushToHub = None,
     private: options.Private = False,
+    report_control: options.ReportControl = False,
     dry_run: options.DryRun = False,
     device: options.Device = None,
     activation_budget: options.ActivationBudget = None,
@@ -130,6 +131,10 @@ def quantize(
         decided = load_config(config, flags)
         if resume and overwrite:
             raise ConfigError("`--resume` and `--overwrite` contradict each other", "give one of them")
+        if report_control and decided.evict:
+            raise ConfigError(
+                "`--report-control` reads every weight again, and `--evict` keeps none", "give one of them"
+            )
         if private and push_to_hub is None:
             raise ConfigError("`--private` is for `--push-to-hub`, which is not given", "give both, or neither")
         from loftq_cli import pipeline, show
@@ -162,6 +167,10 @@ def quantize(
                 "interrupted; what is done is kept" if kept else "interrupted before anything was done",
                 f"go on with `{again('--resume')}`" if kept else "",
             ) from None
+        if report_control and not silent:
+            from loftq_cli.control import add_control
+
+            report = add_control(plan, out, report)
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
         if push_to_hub is not None and not silent:

@@ -184,6 +184,15 @@ PushToHub = Annotated[
     typer.Option(metavar="REPO_ID", help="Then push to the Hub, as `loftq push` does.", rich_help_panel=OUTPUT),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make that repo private.", rich_help_panel=OUTPUT)]
+ReportControl = Annotated[
+    bool,
+    typer.Option(
+        "--report-control",
+        help="Also measure what the bytes of base and adapter would buy without an adapter: more bits for the weights "
+        "that gain most. Of a finished OUT, too.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.", rich_help_panel=OUTPUT),

@@ -19,6 +19,7 @@ from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
+from loftq_cli.control import sentence
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
@@ -133,6 +134,8 @@ def report(
         output.result(experts)
     if training := trained(report):
         output.result(training)
+    if control := report.get("control"):
+        output.result(sentence(control, totals["relative_error"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")

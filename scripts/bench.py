@@ -35,6 +35,7 @@ import bench_perplexity
 import bench_profile
 import bench_quantize
 import bench_runtime
+import finetune_results
 from bench_common import (
     GROUP_SIZE,
     ITERS,
@@ -71,6 +72,7 @@ COLUMNS = {  # of the printed tables, with their format specifications
     "perplexity": bench_perplexity.COLUMNS,
     "runtime": bench_runtime.COLUMNS,
     "calibrate": bench_calibrate.COLUMNS,
+    "finetune": finetune_results.COLUMNS,  # made by finetune.py
 }  # fmt: skip
 
 

@@ -70,11 +70,11 @@ def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
         print(table_row(row, columns), flush=True)
 
 
-def fill_readme(tables: dict[str, dict[str, str]]) -> None:
+def fill_readme(tables: dict[str, dict[str, str]], files: str = "*.json") -> None:
     """Replace each `<!-- NAME -->` … `<!-- end -->` of README.md by the table of scripts/results/NAME.json."""
     path = HERE.parent.parent / "README.md"
     text = path.read_text(encoding="utf-8")
-    for file in sorted(HERE.glob("*.json")):
+    for file in sorted(HERE.glob(files)):
         start, end = f"<!-- {file.stem} -->", "<!-- end -->"
         if start not in text:
             print(f"README.md has no {start}", file=sys.stderr)

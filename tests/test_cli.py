@@ -164,6 +164,7 @@ def test_flags_and_fields_are_the_same_set() -> None:
     flags = set(inspect.signature(cli.quantize).parameters)
     run_only = {"model", "out", "config", "resume", "overwrite", "dry_run", "json", "quiet", "verbose"}
     run_only |= {"push_to_hub", "private"}
+    run_only.add("report_control")  # of a finished output, too
     assert flags - run_only == set(QuantizeConfig.model_fields)
 
 

@@ -1,0 +1,193 @@
+"""What `finetune.py` keeps: a file of runs that several processes fill, its table, and its loss curves as a picture.
+
+The file holds "runs" (one training each), "bases" (what was trained on), and "rows", the table made from both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench_common import say
+from finetune_tasks import digest
+
+SEARCH_SEED = 0  # the one that tries several learning rates
+RATES = 3  # at least so many, before one is chosen
+RUN = ("arm", "bits", "rank", "task", "seed", "lr")  # names a run
+BASE = ("arm", "bits", "rank")
+FULL = "lora16"  # the arm that is not quantized
+BITS_ORDER = ("16", "4", "3", "3-mixed", "2.5", "2.25", "2")
+COLUMNS = dict.fromkeys((
+    "arm", "bits", "rank", "bits per weight", "with adapter", "accuracy, %", "NLL", "Austen perplexity", "× 16-bit",
+    "learning rates", "untrained: accuracy, %", "Austen perplexity, untrained",
+), "")  # fmt: skip
+SHOWN = {"headlines": (("accuracy", "accuracy, %", 100, ".1f"), ("nll", "NLL", 1, ".3f")),
+         "austen": (("perplexity", "Austen perplexity", 1, ".2f"),)}  # fmt: skip
+
+
+def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(row[name] == value for name, value in key.items())
+
+
+class Results:
+    """`file`, as it is now; every row that is added is in it at once, whoever else adds some."""
+
+    def __init__(self, file: Path, common: dict[str, Any], arms: Iterable[str], begin: Path | None = None) -> None:
+        """Rows of `begin` are taken over where there is no `file` yet.
+
+        Raises:
+            SystemExit: the file is of other settings, with which nothing could be compared.
+        """
+        self.file, self.common, self.order = file, common, {name: position for position, name in enumerate(arms)}
+        self.runs: list[dict[str, Any]] = []
+        self.bases: list[dict[str, Any]] = []
+        self.machine: dict[str, Any] | None = None  # that measured
+        if file.exists():
+            self.take(file)
+        elif begin is not None and begin.exists():
+            self.take(begin)
+
+    @staticmethod
+    def settings(file: Path) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("model", "group_size", "tasks")}
+
+    def take(self, file: Path) -> None:
+        """Add the rows of another file that are new here."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        theirs = {key: content.get(key) for key in self.common}
+        if different := [key for key in self.common if theirs[key] != self.common[key]]:
+            said = "; ".join(f"{key} is {theirs[key]} there, {self.common[key]} here" for key in different)
+            raise SystemExit(f"{file} is of other settings: {said}; move it away, or name a folder in BENCH_RESULTS")
+        self.machine = self.machine or content["machine"]
+        for ours, new, names in ((self.runs, content["runs"], RUN), (self.bases, content["bases"], BASE)):
+            there = {tuple(row[name] for name in names) for row in ours}
+            ours.extend(row for row in new if tuple(row[name] for name in names) not in there)
+
+    def add(self, runs: Iterable[dict[str, Any]] = (), bases: Iterable[dict[str, Any]] = ()) -> None:
+        """Add rows to the file; one with the name of another takes its place."""
+        with self.locked():
+            for ours, new, names in ((self.runs, runs, RUN), (self.bases, bases, BASE)):
+                for row in new:
+                    known = next((old for old in ours if same(old, {name: row[name] for name in names})), {})
+                    ours[:] = [old for old in ours if old is not known]
+                    ours.append(
+                        {**row, "before": {**known.get("before", {}), **row["before"]}} if "before" in row else row
+                    )
+
+    def forget(self, **key: Any) -> None:
+        """Remove a base and its runs."""
+        with self.locked():
+            self.runs, self.bases = ([row for row in rows if not same(row, key)] for rows in (self.runs, self.bases))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The rows as the file has them now; what becomes of them is written."""
+        from filelock import FileLock
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(tempfile.gettempdir()) / f"finetune-{digest(str(self.file.resolve()))}.lock"):
+            if self.file.exists():
+                self.runs, self.bases = [], []
+                self.take(self.file)
+            yield
+            self.write()
+
+    def write(self) -> None:
+        def key(row: dict[str, Any]) -> tuple[Any, ...]:
+            place = BITS_ORDER.index(row["bits"]), row["rank"], self.order.get(row["arm"], len(self.order)), row["arm"]
+            return (*place, *(row[name] for name in ("task", "seed", "lr") if name in row))
+
+        self.runs.sort(key=key)
+        self.bases.sort(key=key)
+        head = {"command": "python scripts/finetune.py --model FOLDER", "machine": self.machine, **self.common}
+        parts = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
+        for name, rows in (("rows", self.table()), ("bases", self.bases), ("runs", self.runs)):
+            lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+            parts.append(f' "{name}": [\n{lines}\n ]')
+        partial = self.file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        partial.replace(self.file)
+
+    def of(self, **key: Any) -> list[dict[str, Any]]:
+        return [run for run in self.runs if same(run, key)]
+
+    def best_rate(self, lrs: Iterable[float] = (), **key: Any) -> float | None:
+        """The learning rate with the least validation loss, once `lrs` and enough others have been tried."""
+        tried = {run["lr"]: run["validation"]["nll"] for run in self.of(seed=SEARCH_SEED, **key)}
+        finite = {lr: nll for lr, nll in tried.items() if nll is not None}
+        done = len(tried) >= RATES and set(lrs) <= set(tried)
+        return min(finite or tried, key=lambda lr: finite.get(lr, 0.0)) if done else None
+
+    def chosen(self, **key: Any) -> list[dict[str, Any]]:
+        """The runs, one a seed, with the learning rate that was chosen."""
+        lr = self.best_rate(**key)
+        return [] if lr is None else self.of(lr=lr, **key)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Text for every cell of `COLUMNS`, mean ± standard deviation over seeds; None where nothing is measured."""
+        rows = []
+        full = {
+            rank: mean_of(
+                run["test"]["perplexity"] for run in self.chosen(arm=FULL, bits="16", rank=rank, task="austen")
+            )
+            for rank in {base["rank"] for base in self.bases}
+        }
+        for base in self.bases:
+            row: dict[str, Any] = {**dict.fromkeys(COLUMNS), **{name: base[name] for name in BASE}}
+            key = {name: base[name] for name in BASE}
+            for column in ("bits per weight", "with adapter"):
+                row[column] = None if base[column] is None else f"{base[column]:.2f}"
+            rates = []
+            for task, shown in SHOWN.items():
+                runs = self.chosen(**key, task=task)
+                for metric, column, factor, digits in shown:
+                    row[column] = spread([run["test"][metric] for run in runs], factor, digits)
+                rates.append(f"{runs[0]['lr']:g}" if runs else "–")
+                if task == "austen" and runs and full[base["rank"]]:
+                    ours = mean_of(run["test"]["perplexity"] for run in runs)
+                    row["× 16-bit"] = None if ours is None else f"{ours / full[base['rank']]:.3f}"
+            row["learning rates"] = ", ".join(rates)
+            before = base["before"]
+            if (value := before.get("headlines", {}).get("accuracy")) is not None:
+                row["untrained: accuracy, %"] = f"{100 * value:.1f}"
+            if (value := before.get("austen", {}).get("perplexity")) is not None:
+                row["Austen perplexity, untrained"] = f"{value:.4g}"
+            rows.append(row)
+        return rows
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """None where one of them is missing, which a run that went astray has."""
+    known = list(values)
+    return None if not known or None in known else statistics.fmean(known)
+
+
+def spread(values: list[float | None], factor: float, digits: str) -> str | None:
+    """`mean ± standard deviation`, the latter of two values or more; how many runs where they are not three."""
+    if not values:
+        return None
+    finite = [factor * value for value in values if value is not None]
+    if len(finite) < len(values):
+        return f"{len(values) - len(finite)} of {len(values)} runs diverged"
+    text = format(statistics.fmean(finite), digits)
+    text += f" ± {format(statistics.stdev(finite), digits)}" if len(finite) > 1 else ""
+    return text + (f" (n = {len(finite)})" if len(finite) != 3 else "")
+
+
+@contextmanager
+def reported(label: str, failed: list[str]) -> Iterator[None]:
+    """Whatever becomes of one arm, the others are worth having."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        say(f"  failed: {type(error).__name__}: {' … '.join(dict.fromkeys((said[0], said[-1])))}")
+        failed.append(label)

@@ -1,0 +1,335 @@
+"""`scripts/finetune.py` in miniature: the same script, a tiny model, few steps, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from loftq_cli.evaluate import evaluate
+from loftq_cli.pipeline import plan_quantize
+from scripts import finetune
+from tests.conftest import save_llama
+from tests.test_eval import save_tokenizer
+
+tasks, results = sys.modules["finetune_tasks"], sys.modules["finetune_results"]
+training, common = sys.modules["finetune_train"], sys.modules["bench_common"]
+SIZES = {
+    "headlines": tasks.Size(steps=3, batch=2, tokens=96, validation=8, test=12),
+    "austen": tasks.Size(steps=3, batch=2, tokens=32, validation=2, test=200),
+}
+ARMS = {"lora16": "16", "qlora": "2", "loftq": "2", "cloq": "2"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model, and beginnings of the data, whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("finetune")
+    save_tokenizer(save_llama(folder / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("HEADLINES", 9000), ("AUSTEN_TRAIN", 1000), ("AUSTEN_TEST", 1000)):
+            source: Path = getattr(tasks, name)
+            (folder / source.name).write_text(source.read_text()[:size].rpartition("\n")[0])
+            patch.setattr(tasks, name, folder / source.name)
+        patch.setattr(tasks, "PROMPT", "{}")
+        patch.setattr(tasks, "LABELS", ("n", "y"))
+        patch.setattr(finetune, "SIZES", SIZES)
+        for name in ("HERE", "RESULTS"):
+            patch.setattr(common, name, folder / "results")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def settings(small: Path) -> list[str]:
+    given = ["--model", str(small / "model"), "--cache", str(small / "cache"), "--bits=2", "--ranks=4", "--device=cpu"]
+    return [*given, "--samples=3", "--seqlen=64", "--lrs", "1e-3", "1e-2", "1e-1"]
+
+
+@pytest.fixture(scope="module")
+def filled(small: Path, settings: list[str]) -> dict[str, Any]:
+    """All arms in one call, after one that cannot be made."""
+    arguments = [*settings, "--arm", "broken=--method absent", "--arms", *ARMS]
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(finetune, "say", lambda *words: said.append(" ".join(map(str, words))))
+        assert finetune.main(arguments) == 1
+    assert said[-1] == "failed: broken, 2 bits, rank 4"
+    (file,) = (small / "results").glob("*.json")
+    assert str(small) not in file.read_text()
+    return {"file": file, "arguments": [*settings, "--arms", *ARMS], "content": json.loads(file.read_text())}
+
+
+def made_by_method(small: Path) -> dict[str, Path]:
+    """Outputs of loftq that the arms of `ARMS` were trained on."""
+    found = {}
+    for file in (small / "cache").glob("*/loftq_report.json"):
+        config = json.loads(file.read_text())["config"]
+        if not config["bits_for"]:  # of the control
+            found[config["method"]] = file.parent
+    assert set(found) == set(ARMS) - {"lora16"}
+    return found
+
+
+def test_every_arm_is_trained_on_the_same_data(filled: dict[str, Any]) -> None:
+    runs = filled["content"]["runs"]
+    found = {(run["arm"], run["task"], run["seed"]) for run in runs}
+    assert found == {(arm, task, seed) for arm in ARMS for task in SIZES for seed in range(3)}
+    data = {(run["task"], run["seed"], run["data"]) for run in runs}
+    assert len(data) == len({names for *_, names in data}) == 6  # one a task and seed, whatever the arm and the rate
+    for arm in ARMS:
+        for task in SIZES:
+            search = [run for run in runs if (run["arm"], run["task"], run["seed"]) == (arm, task, 0)]
+            assert [run["lr"] for run in search] == [1e-3, 1e-2, 1e-1]
+            best = min(search, key=lambda run: run["validation"]["nll"])
+            others = [run["lr"] for run in runs if (run["arm"], run["task"]) == (arm, task) and run["seed"]]
+            assert others == [best["lr"]] * 2
+    assert all(len(run["curve"]) == 1 and run["curve"][0] > 0 for run in runs)
+
+
+def test_the_table_is_made_of_the_runs(filled: dict[str, Any]) -> None:
+    content = filled["content"]
+    assert [row["arm"] for row in content["rows"]] == list(ARMS)
+    for row, (arm, bits) in zip(content["rows"], ARMS.items(), strict=True):
+        cells = {}
+        for task, metric in (("headlines", "accuracy"), ("austen", "perplexity")):
+            runs = [run for run in content["runs"] if (run["arm"], run["task"]) == (arm, task)]
+            (lr,) = {run["lr"] for run in runs if run["seed"] == 1}
+            cells[task] = [run["test"][metric] for run in runs if run["lr"] == lr]
+        assert row["bits"] == bits
+        perplexity = f"{statistics.fmean(cells['austen']):.2f} ± {statistics.stdev(cells['austen']):.2f}"
+        assert row["Austen perplexity"] == perplexity
+        accuracy = [100 * value for value in cells["headlines"]]
+        assert row["accuracy, %"] == f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}"
+    assert content["rows"][0]["× 16-bit"] == "1.000"
+    bits_per_weight = [float(row["bits per weight"]) for row in content["rows"]]
+    assert bits_per_weight[0] == 16
+    assert all(2.2 < bits < 2.4 for bits in bits_per_weight[1:])  # as packed, though computed dense
+
+
+def test_a_control_has_the_bytes_and_is_not_trained(filled: dict[str, Any]) -> None:
+    arguments = [*filled["arguments"][: filled["arguments"].index("--arms")], "--arms", "same-bytes"]
+    before = filled["file"].read_text()
+    assert finetune.main(arguments) == 0
+    content = json.loads(filled["file"].read_text())
+    assert len(content["runs"]) == len(filled["content"]["runs"])
+    row, (loftq,) = content["rows"][-1], [row for row in content["rows"] if row["arm"] == "loftq"]
+    assert (row["arm"], row["bits"], row["rank"], row["accuracy, %"]) == ("same-bytes", "2", 4, None)
+    assert float(loftq["bits per weight"]) + 1 < float(row["bits per weight"]) <= float(loftq["with adapter"])
+    errors = {base["arm"]: base["relative error"] for base in content["bases"]}
+    assert errors["same-bytes"] < 0.7 * errors["loftq"]
+    (base,) = [base for base in content["bases"] if base["arm"] == "same-bytes"]
+    assert set(base["before"]) == set(SIZES)
+    filled["file"].write_text(before)
+
+
+def test_before_training_it_is_what_loftq_eval_says(filled: dict[str, Any], small: Path) -> None:
+    bases = {base["arm"]: base for base in filled["content"]["bases"]}
+    size = SIZES["austen"]
+    for method, folder in made_by_method(small).items():
+        measured = evaluate(folder, tasks.AUSTEN_TEST, seqlen=size.tokens, max_tokens=size.test, device="cpu")
+        assert bases[method]["before"]["austen"]["nll"] == pytest.approx(measured.rows[-1].nll, rel=1e-5)
+    assert len({base["before"]["austen"]["nll"] for base in bases.values()}) == 4
+
+
+def test_what_is_there_is_not_done_again(
+    filled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, trained = filled["file"], []
+
+    def run(tuned: Any, task: Any, lr: float, seed: int) -> dict[str, Any]:
+        trained.append((lr, seed))
+        return {key: value for key, value in lost[0].items() if key not in results.RUN}
+
+    monkeypatch.setattr(finetune, "run", run)
+    before = file.read_text()
+    assert finetune.main(filled["arguments"]) == 0
+    assert (trained, file.read_text()) == ([], before)
+    assert "cloq, 2 bits, rank 4: there already" in capsys.readouterr().err
+
+    # a call that was cut off: what is missing is done, and no more
+    content = json.loads(before)
+    lost = [run for run in content["runs"] if (run["arm"], run["task"], run["seed"]) == ("loftq", "austen", 2)]
+    file.write_text(json.dumps({**content, "runs": [run for run in content["runs"] if run != lost[0]]}))
+    assert finetune.main([*filled["arguments"], "--limit-seconds", "0"]) == 0
+    assert trained == []
+    assert "no time left for: loftq, 2 bits, rank 4" in capsys.readouterr().err
+    assert finetune.main(filled["arguments"]) == 0
+    assert (trained, file.read_text()) == ([(lost[0]["lr"], 2)], before)
+
+    # other flags of an arm, other steps: nothing is mixed up
+    assert finetune.main([*filled["arguments"], "--samples=2"]) == 1
+    assert "failed: cloq" in (said := capsys.readouterr().err)
+    assert "failed: loftq" not in said  # it sees no text
+    with pytest.raises(SystemExit, match="other settings"):
+        finetune.main([*filled["arguments"], "--steps", "austen=9"])
+    assert file.read_text() == before
+
+
+def test_results_of_two_machines_become_one_table(
+    filled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    for number in range(2):
+        part = tmp_path / str(number) / filled["file"].name
+        part.parent.mkdir()
+        arms = list(ARMS)[2 * number :][:2]
+        content = {
+            **filled["content"],
+            **{key: [row for row in filled["content"][key] if row["arm"] in arms] for key in ("runs", "bases")},
+        }
+        part.write_text(json.dumps(content))
+        parts.append(str(part))
+    (tmp_path / "results").mkdir()
+    for name in ("HERE", "RESULTS"):
+        monkeypatch.setattr(common, name, tmp_path / "scripts" / "results")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- {filled['file'].stem} -->\n<!-- end -->\nafter\n")
+    assert finetune.main(["--merge", *parts]) == 0
+    assert finetune.main(["--table"]) == 0
+    merged = tmp_path / "scripts" / "results" / filled["file"].name
+    assert json.loads(merged.read_text()) == filled["content"]
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert all(common.table_row(row, results.COLUMNS) in text for row in filled["content"]["rows"])
+    picture = ElementTree.parse(merged.with_suffix(".svg"))
+    lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
+    assert len(lines) == len(ARMS) * len(SIZES)
+
+
+def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
+    kept = results.Results(tmp_path / "results.json", {"model": "m", "group_size": 64, "tasks": {}}, ["loftq"])
+    base = {"arm": "loftq", "bits": "2", "rank": 16}
+
+    def row(lr: float, seed: int, validation: float | None, test: float) -> dict[str, Any]:
+        measured = {"validation": {"nll": validation}, "test": {"nll": test, "perplexity": test}, "curve": [1.0]}
+        return {**base, "task": "austen", "seed": seed, "lr": lr, **measured, "seconds": 1.0}
+
+    kept.add(bases=[{**base, "flags": "", "before": {}, "bits per weight": 2.25, "with adapter": 3.0}])
+    kept.add([row(1e-4, 0, 3.0, 9.0), row(1e-3, 0, 2.0, 30.0)])
+    assert kept.table()[0]["Austen perplexity"] is None  # before the search is over there is nothing to show
+    assert finetune.next_run(kept, base | {"task": "austen"}, [0, 1], [1e-4, 1e-3, 1e-2]) == (0, 1e-2)
+    assert finetune.next_run(kept, base | {"task": "austen"}, [1], [1e-4, 1e-3, 1e-2]) is None
+    kept.add([row(1e-2, 0, None, 1.0)])  # went astray
+    assert finetune.next_run(kept, base | {"task": "austen"}, [0, 1], [1e-4, 1e-3, 1e-2]) == (1, 1e-3)
+    kept.add([row(1e-3, 1, 9.0, 32.0)])
+    assert kept.table()[0]["Austen perplexity"] == "31.00 ± 1.41 (n = 2)"
+    assert kept.table()[0]["learning rates"] == "–, 0.001"
+
+
+def test_no_headline_is_held_out_and_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the table's settings and the repository's data."""
+    monkeypatch.setattr(finetune, "SIZES", tasks.SIZES)
+    monkeypatch.setattr(tasks, "HEADLINES", tasks.DATA / "headlines.jsonl")
+    size = finetune.parse(["--table"]).sizes["headlines"]
+    parts = tasks.split_headlines(size)
+    assert len(parts["test"]) >= 2000
+    assert len(parts["train"]) >= size.steps * size.batch
+    seen: set[str] = set()
+    for rows in parts.values():
+        words = {" ".join(re.findall(r"\w+", row["headline"].lower())) for row in rows}
+        assert not seen & words
+        seen |= words
+        assert 0.4 < statistics.fmean(row["satirical"] for row in rows) < 0.6
+
+
+def test_headlines_are_measured_as_one_by_one(small: Path) -> None:
+    """Neither batches nor what fills them up changes what is said of a headline."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    task = tasks.Headlines(tokenizer, "cpu", SIZES["headlines"])
+    tuned = training.Tuned(small / "model", 4, "cpu", fresh=True)
+    model = AutoModelForCausalLM.from_pretrained(small / "model").eval()
+    words = [tokenizer(word).input_ids[-1] for word in tasks.LABELS]
+    losses, right = [], []
+    for row in tasks.split_headlines(SIZES["headlines"])["test"]:
+        ids = tokenizer(row["headline"], return_tensors="pt").input_ids
+        if ids.shape[1] <= SIZES["headlines"].tokens:
+            with torch.no_grad():
+                shares = model(ids).logits[0, -1, words].double().log_softmax(dim=0)
+            losses.append(-shares[row["satirical"]].item())
+            right.append(bool(shares.argmax() == row["satirical"]))
+    assert 3 < len(losses) == task.sizes["test"]
+    measured = tuned.evaluate(task, "test")
+    assert measured["nll"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert measured["accuracy"] == pytest.approx(statistics.fmean(right))
+
+
+def test_every_training_begins_at_the_same_start_and_learns(small: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    for name, make in tasks.TASKS.items():
+        task = make(tokenizer, "cpu", replace(SIZES[name], steps=40, batch=4))
+        tuned = training.Tuned(small / "model", 8, "cpu", fresh=True)
+        before = tuned.evaluate(task, "validation")
+        first = tuned.train(task, 1e-2, seed=1)
+        assert first["curve"][-1] < 0.9 * first["curve"][0]
+        assert tuned.evaluate(task, "validation") != before
+        again, other = tuned.train(task, 1e-2, seed=1), tuned.train(task, 1e-2, seed=2)
+        assert first["curve"] == again["curve"] != other["curve"]
+        assert first["data"] == again["data"] != other["data"]
+        tuned.reset(0)
+        assert tuned.evaluate(task, "validation") == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replayed_steps_train_as_launched_ones(small: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    for name, make in tasks.TASKS.items():
+        task = make(tokenizer, "cuda", replace(SIZES[name], steps=40, batch=4))
+        replayed, launched = (
+            training.Tuned(small / "model", 8, "cuda", fresh=True, graphs=graphs) for graphs in (True, False)
+        )
+        first, second = (tuned.train(task, 1e-2, seed=1) for tuned in (replayed, launched))
+        assert (first["graph"], second["graph"]) == (True, False)
+        assert first["curve"] == pytest.approx(second["curve"], rel=0.02)
+        assert replayed.train(task, 1e-2, seed=1)["curve"] == pytest.approx(first["curve"], rel=0.02)
+
+
+def test_zero_adapters_begin_alike_and_others_as_loftq_left_them(small: Path, filled: dict[str, Any]) -> None:
+    folders = made_by_method(small)
+    fresh = training.Tuned(small / "model", 4, "cpu", fresh=True)
+    qlora, loftq = (training.Tuned(folders[name], 4, "cpu", fresh=False) for name in ("qlora", "loftq"))
+    for tuned in (fresh, qlora, loftq):
+        tuned.reset(5)
+    assert list(fresh.parameters) == list(qlora.parameters) == list(loftq.parameters)
+    for name, p in fresh.parameters.items():
+        assert torch.equal(p, qlora.parameters[name])
+        assert torch.equal(loftq.parameters[name], loftq.start[name])
+    assert any(not torch.equal(p, loftq.parameters[name]) for name, p in fresh.parameters.items())
+
+
+def test_mixtures_and_their_order(tiny_llama: Path) -> None:
+    arms = dict.fromkeys((finetune.FULL, "loftq", "apiq-bw-paper"), "")
+    order = [(item["arm"], item["bits"], item["rank"]) for item in finetune.items(arms, list(finetune.BITS), [16, 64])]
+    begin = [("lora16", "16", 16), ("loftq", "2", 16), ("apiq-bw-paper", "2", 16), ("loftq", "4", 16)]
+    assert order[:5] == [*begin, ("lora16", "16", 64)]
+    assert [rank for _, bits, rank in order if bits not in finetune.FIRST] == [16] * 4 + [64] * 4
+    assert set(finetune.BITS) | {"16"} == set(results.BITS_ORDER)
+
+    from loftq_cli.config import load_config
+
+    for bits, expected in {"2": 2.0, "3": 3.0, "4": 4.0, "3-mixed": 3.0, "2.5": 3.0, "2.25": 3.0}.items():
+        item = {"arm": "loftq", "bits": bits, "rank": 8}
+        flags = finetune.quantize_flags(item, "--method loftq --quantizer nf --format packed", [])
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
+        config = given.pop("--config", None)
+        options = {name[2:].replace("-", "_"): int(v) if v.isdigit() else v for name, v in given.items()}
+        decided = load_config(Path(finetune.__file__).parents[1] / config if config else None, options)
+        jobs = plan_quantize(str(tiny_llama), decided).jobs  # of two blocks one has 4 bits
+        assert statistics.fmean(job.bits for job in jobs) == expected
+        assert decided.rank == 8
