@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,10 @@ from loftq_cli.checkpoint.loader import Loader
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.checkpoint.streamed import AHEAD, KEPT, Streamed
 from loftq_cli.cli import app
+from loftq_cli.config import QuantizeConfig
 from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.resume import check_disk
 from loftq_cli.streaming import refuse_sharing
 from tests.conftest import save_llama
 from tests.hub_server import HubServer
@@ -123,8 +128,6 @@ def test_where_nothing_may_be_deleted(tiny_llama: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*command, "--method", "cloq", "org/name", str(tmp_path / "out")])
     assert refused.exit_code == 2
     assert "`--evict` is for `--method` loftq, qlora" in refused.stderr.replace("\n", " ")
-    from loftq_cli.config import QuantizeConfig
-
     with pytest.raises(ConfigError, match="one process"):
         refuse_sharing(QuantizeConfig(evict=True), 2)
 
@@ -228,3 +231,16 @@ def test_overwrite_clears_what_was_fetched(hub: HubServer, tmp_path: Path) -> No
     done = subprocess.run([*command, *flags, "org/many", str(out)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert not (out / ".loftq").exists()
+
+
+def test_the_shards_that_pass_through_need_room_too(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plan that fits just so, the one with `--evict` does not."""
+    plan = plan_quantize(str(tiny_llama), QuantizeConfig(bits=2, rank=4, device="cpu"))
+    enough = plan.base_bytes + plan.adapter_bytes + (17 << 20)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough))
+    check_disk(plan, Path("/nowhere"))
+    largest = max(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
+    assert largest * KEPT > 1 << 20
+    with pytest.raises(LoftqError, match="are free on its disk"):
+        check_disk(replace(plan, config=plan.config.model_copy(update={"evict": True})), Path("/nowhere"))
