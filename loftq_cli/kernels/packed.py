@@ -40,6 +40,8 @@ class Packed(NamedTuple):  # made in every forward pass, so that a dataclass wou
         }  # fmt: skip
 
     @property
-    def kind(self) -> tuple[int, int, bool, bool, bool]:
-        """What kernels are compiled for, beside dtypes and sizes."""
-        return self.bits, self.group_size, self.absmax is None, self.zero_point is None, self.codebook is None
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels are compiled for, beside sizes: bits and groups, and which tensors there are, in which dtype."""
+        optional = (self.absmax, self.offset, self.zero_point, self.codebook)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in optional]
+        return self.bits, self.group_size, self.scale.dtype, *dtypes

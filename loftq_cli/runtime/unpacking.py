@@ -39,9 +39,11 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` for `x` [..., n]; with few inputs, as in generation, no dense weight is made on a GPU."""
-    inputs = x.numel() // packed.shape[1]
+    n = packed.shape[1]
+    inputs = x.numel() // n
     kernels = fused(x.device) if x.dtype in KERNEL_DTYPES else None
-    if kernels is None or not 0 < inputs <= kernels.most_inputs:
+    fits = x.shape[-1] == n and x.device == packed.codes.device  # what does not is for torch to refuse
+    if kernels is None or not fits or not 0 < inputs <= kernels.most_inputs:
         return torch.nn.functional.linear(x, dequantize(packed, x.dtype), bias)
     return kernels.multiply(x, packed, bias)
 
@@ -96,7 +98,9 @@ def fused(device: torch.device) -> Kernels | None:
         from loftq_cli.kernels.unpack import unpack_weight
 
         codes = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        unpack_weight(Packed((1, 8), 2, 8, codes, codes.half()), torch.float32)
+        trial = Packed((1, 8), 2, 8, codes, codes.half(), codebook=codes.new_zeros(4, dtype=torch.float32))
+        unpack_weight(trial, torch.float32)
+        multiply(codes.new_zeros(1, 8, dtype=torch.float32), trial, None)
     except torch.OutOfMemoryError:  # which says nothing of the kernels
         raise
     except Exception as error:
