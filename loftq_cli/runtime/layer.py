@@ -58,7 +58,8 @@ class PackedLinear(nn.Linear):
 
     def packed(self) -> Packed:
         """The tensors, by the names of `formats.packed`."""
-        return self.scheme.packed(self.out_features, self.in_features, self.get_buffer)
+        tensors: Any = self._buffers.get  # quicker than attributes of modules: in generation microseconds count
+        return self.scheme.packed(self.out_features, self.in_features, tensors)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`."""
