@@ -37,7 +37,7 @@ from loftq_cli.methods.trained import Fit, alone
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
 from loftq_cli.ranks import Ranks, processes_here
-from loftq_cli.resume import Stored, find, read_back
+from loftq_cli.resume import Headers, Stored, read_back, read_whenever
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.worker import BatchResult, relative, store
 
@@ -111,11 +111,12 @@ def run_blocks(
         model, plan.checkpoint, names, plan.targets.transposed, made, plan.block_paths, tokens, parts, device, dtype,
         folder,
     )  # fmt: skip
+    known: Headers = {}
     jobs_of_experts = {job.tensor: job for job in plan.jobs if job.expert is not None}
 
     def read_quantized(tensor: str) -> Tensor:
         job = jobs_of_experts.get(tensor)  # else it was left out
-        return read_source(tensor) if job is None else _quantized_expert(plan, outputs.out, job)
+        return read_source(tensor) if job is None else _quantized_expert(plan, outputs.out, job, known)
 
     missing = {batch.first.tensor for batch in batches}
     put = outputs.put if ranks.rank == 0 else _leave_it
@@ -190,10 +191,10 @@ def _source_expert(plan: Plan, tensor: str) -> Tensor:
     return stored.T if tensor in plan.targets.transposed else stored
 
 
-def _quantized_expert(plan: Plan, out: Path, job: WeightJob) -> Tensor:
+def _quantized_expert(plan: Plan, out: Path, job: WeightJob, known: Headers) -> Tensor:
     """The matrix [m, n] of an expert as the loaded model will have it, from what is written."""
     names = [spec.name for spec in plan.stored(job)]
-    stored = {name: read_tensor(*there) for name, there in zip(names, find(out, job.file, names), strict=True)}
+    stored = dict(zip(names, read_whenever(out, job.file, names, known), strict=True))
     return from_store(plan.format, job.place, stored, plan.empty(job))
 
 

@@ -22,6 +22,7 @@ from loftq_cli.meta_model import renamed_keys
 OF_ONE = re.compile(r"(?:.*\.)?experts\.(\d+)\.(\w+)\.weight")  # the tensor of one expert: its number, its name
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STACKS, JOINS, TURNS, TURNS_IF_NEEDED = "MergeModulelist 0", "Concatenate 1", "Transpose 1 2", "Transpose 1 2 if needed"
 TRANSPOSED = ("Llama4TextExperts",)  # modules [experts, n, m] that do not say so
 
 
@@ -73,7 +74,7 @@ def find_experts(
         model: as transformers builds it, on the meta device.
     """
     converters = {
-        pattern: Making(position, tuple(type(step).__name__ for step in converter.operations))
+        pattern: Making(position, tuple(_told(step) for step in converter.operations))
         for converter in _converters(model)
         for position, pattern in enumerate(converter.source_patterns)
     }
@@ -100,7 +101,7 @@ def find_experts(
 
 @dataclass(frozen=True)
 class Making:
-    """What transformers makes of a tensor while loading: steps, by their names, with it in this place."""
+    """What transformers makes of a tensor while loading: steps (see `_told`), with it in this place."""
 
     position: int
     steps: tuple[str, ...] = ()
@@ -110,11 +111,12 @@ def _of_all(
     stack: ExpertStack, infos: Sequence[TensorInfo], makings: Mapping[str, Making], shape: tuple[int, ...]
 ) -> dict[str, ExpertSlot]:
     """The places of the slices of a tensor that is the parameter, or its transpose; none if it is neither."""
-    steps = makings[infos[0].name].steps
-    in_file = {(): shape, ("Transpose",): (shape[0], shape[2], shape[1])}.get(steps)
-    if len(infos) > 1 or infos[0].shape != in_file:
+    steps, stored = makings[infos[0].name].steps, infos[0].shape
+    turns = steps == (TURNS,) or (steps == (TURNS_IF_NEEDED,) and stored != shape)
+    known = steps in ((), (TURNS,), (TURNS_IF_NEEDED,))
+    if not known or len(infos) > 1 or stored != ((shape[0], shape[2], shape[1]) if turns else shape):
         return {}
-    slot = ExpertSlot(stack, 0, stack.parameter, stack.transposed != bool(steps))
+    slot = ExpertSlot(stack, 0, stack.parameter, stack.transposed != turns)
     return {f"{infos[0].name}[{number}]": replace(slot, expert=number) for number in range(stack.count)}
 
 
@@ -122,9 +124,9 @@ def _one_by_one(
     stack: ExpertStack, infos: Sequence[TensorInfo], makings: Mapping[str, Making], shape: tuple[int, ...]
 ) -> dict[str, ExpertSlot]:
     """The places of tensors that each hold a piece [m, n] of one expert; none where they do not add up to `shape`."""
-    if stack.transposed or {making.steps[:1] for making in makings.values()} != {("MergeModulelist",)}:
+    if stack.transposed or {making.steps[:1] for making in makings.values()} != {(STACKS,)}:
         return {}
-    if any(making.steps[1:] not in ((), ("Concatenate",)) for making in makings.values()):
+    if any(making.steps[1:] not in ((), (JOINS,)) for making in makings.values()):
         return {}
     names: dict[int, str] = {}
     there: dict[tuple[int, int], TensorInfo] = {}
@@ -177,6 +179,13 @@ def stacked(slots: Mapping[str, ExpertSlot], read: Callable[[str], Tensor]) -> T
         whole[slot.expert, place * rows : (place + 1) * rows] = W
     assert whole is not None
     return whole.mT.contiguous() if stack.transposed else whole
+
+
+def _told(step: Any) -> str:
+    """What a step of transformers does, and along which dimensions."""
+    dimensions = [str(getattr(step, name)) for name in ("dim", "dim0", "dim1") if hasattr(step, name)]
+    needed = ["if needed"] if getattr(step, "check_dims", False) else []  # where shapes differ otherwise
+    return " ".join([type(step).__name__, *dimensions, *needed])
 
 
 def _converters(model: Any) -> list[Any]:

@@ -94,7 +94,7 @@ def about_experts(jobs: Iterable[WeightJob]) -> str | None:
     experts = [job for job in jobs if job.expert is not None]
     if not experts or experts[0].rank:
         return None
-    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one)"
+    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one, in `dense`)"
 
 
 def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:

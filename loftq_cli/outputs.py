@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.adapters import EXPERT_FACTORS, assemble
-from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks, read_tensor
+from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
 from loftq_cli.formats import peft_adapter
 from loftq_cli.heads import adapter_name
@@ -25,7 +25,7 @@ from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
-from loftq_cli.resume import adapter_names, base_names, find, growing
+from loftq_cli.resume import Headers, adapter_names, base_names, growing, read_whenever
 from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, hash_tensor, row_dict
 
@@ -176,12 +176,13 @@ class Outputs:
                 self._submit(0, self._finish_shard, shard.file)
         self.drain()
         if self._rank == 0 and self.plan.stacked:
-            jobs = [job for job in self.plan.jobs if job.tensor in self.plan.stacked]
-            assemble(jobs, self.plan.stacked, self.plan.adapter_layout, self._factor_of_expert, self.adapter.write)
+            known: Headers = {}
 
-    def _factor_of_expert(self, name: str) -> Tensor:
-        ((path, info),) = find(self.out, EXPERT_FACTORS, [name])
-        return read_tensor(path, info)
+            def read(name: str) -> Tensor:
+                (factor,) = read_whenever(self.out, EXPERT_FACTORS, [name], known)
+                return factor
+
+            assemble(self.plan.jobs, self.plan.stacked, self.plan.adapter_layout, read, self.adapter.write)
 
     def commit(self, wait: bool = True) -> None:
         """Flush what is written and journal it; without `wait` only if nobody else is at it."""

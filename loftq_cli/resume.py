@@ -62,28 +62,31 @@ def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
 
 def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
     """What was written for `job`, from files that are whole or still grow."""
-
-    def read(file: str, names: Sequence[str]) -> list[Tensor]:
-        return [read_tensor(path, info) for path, info in find(out, file, names)]
-
-    def read_whenever(file: str, names: Sequence[str]) -> list[Tensor]:
-        try:
-            return read(file, names)
-        except LoftqError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            return read(file, names)  # it has become whole just then
-
     names = [spec.name for spec in plan.stored(job)]
-    lora_A, lora_B = read_whenever(ADAPTER_FILE, peft_adapter.tensor_names(job.module))
-    return dict(zip(names, read_whenever(job.file, names), strict=True)), (lora_A, lora_B)
+    lora_A, lora_B = read_whenever(out, ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    return dict(zip(names, read_whenever(out, job.file, names), strict=True)), (lora_A, lora_B)
 
 
-def find(out: Path, file: str, names: Sequence[str]) -> list[tuple[Path, TensorInfo]]:
+Headers = dict[Path, dict[str, TensorInfo]]
+
+
+def read_whenever(out: Path, file: str, names: Sequence[str], known: Headers | None = None) -> list[Tensor]:
+    """Tensors of a file that may become whole just then; `known` keeps headers, for who reads often."""
+    try:
+        return [read_tensor(path, info) for path, info in find(out, file, names, known)]
+    except LoftqError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return [read_tensor(path, info) for path, info in find(out, file, names, known)]
+
+
+def find(out: Path, file: str, names: Sequence[str], known: Headers | None = None) -> list[tuple[Path, TensorInfo]]:
     """Where tensors of a file are, while it is whole or still grows."""
     path = growing(out, file) if growing(out, file).exists() else out / file
-    infos = read_header(path).tensors
-    return [(path, info) for name in names if (info := lookup(infos, name)) is not None]
+    known = {} if known is None else known
+    if path not in known:
+        known[path] = read_header(path).tensors
+    return [(path, info) for name in names if (info := lookup(known[path], name)) is not None]
 
 
 def base_names(plan: Plan, batch: WeightBatch) -> list[str]:

@@ -29,6 +29,7 @@ from loftq_cli.runtime import PackedExperts
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
 from tests.test_eval import save_tokenizer
+from tests.test_families import QWEN_VL
 from tests.test_resume import DRIVER, contents, without_times
 
 SIZES = {
@@ -121,6 +122,30 @@ def test_each_matrix_is_what_its_quantizer_makes_of_it_alone(folder: Path) -> No
         assert row["relative_error"] == pytest.approx(error, rel=1e-5) == row["relative_error_without_adapter"]
         seen += Q.numel()
     assert seen == sum(p.numel() for n, p in source.named_parameters() if ".experts." in n and p.ndim == 3)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_experts_that_transformers_turns_while_loading(tmp_path: Path, format: str) -> None:
+    """As the published files of Qwen3-VL-MoE have them: [experts, n, m] on disk, [experts, m, n] in memory."""
+    torch.manual_seed(0)
+    model = tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(**QWEN_VL))
+    model.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    turned = {name: t.mT.contiguous() if name.endswith("experts.gate_up_proj") else t for name, t in tensors.items()}
+    save_file(turned, tmp_path / "model/model.safetensors", {"format": "pt"})
+    report = quantize(tmp_path / "model", tmp_path / "out", format=format, bits=3, rank=4, group_size=16, device="cpu")
+    assert verify(tmp_path / "out", str(tmp_path / "model")).violations == ()
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    quantizer = QUANTIZERS[report["config"]["quantizer"]](bits=3, group_size=16)
+    rows = [row for row in report["weights"] if "expert" in row]
+    assert {row.get("transposed") for row in rows if "gate_up" in row["name"]} == {True}
+    for row in rows:
+        path, number, parameter = row["name"].rsplit(".", 2)
+        W, experts = model.get_submodule(path).get_parameter(parameter)[int(number)], loaded.get_submodule(path)
+        packed = isinstance(experts, PackedExperts)
+        assert packed == (format == "packed")
+        stack = experts.dequantize(parameter, torch.float32) if packed else getattr(experts, parameter)
+        assert torch.equal(stack[int(number)], dequantize(quantizer.quantize(W.detach())))
 
 
 def test_batches_give_what_weights_give_one_by_one(
@@ -528,6 +553,8 @@ def test_an_adapter_on_experts_is_verified_merged_and_told(folder: Path, adapted
 
 
 def test_an_adapter_on_experts_survives_a_kill(folder: Path, adapted: Path, tmp_path: Path) -> None:
+    if not is_one_by_one(folder):
+        pytest.skip("the files are the same, and every process takes seconds to start")
     options = {**ADAPTED, "rslora": True}
     points = [
         (str(tmp_path / f"{where}{nth}"), where, nth, when, 0)

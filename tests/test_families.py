@@ -50,6 +50,16 @@ CLIP = {
     "text_config": {**SIZES, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     "vision_config": VISION, "projection_dim": 64,
 }  # fmt: skip
+QWEN_VL = {
+    "text_config": {
+        **MOE, "num_experts": 4, "decoder_sparse_step": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    },
+    "vision_config": {
+        "depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    },
+}  # fmt: skip
 LLAVA = {
     "text_config": {**DECODER, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"},
     "image_token_index": 9, "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
@@ -99,6 +109,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "deepseek v2": (causal("DeepseekV2", **{**MOE, "num_key_value_heads": 4, **DEEPSEEK}), IDS),
     "deepseek v3": (causal("DeepseekV3", **{**MOE, "num_key_value_heads": 4, **DEEPSEEK}), IDS),
     "gpt-oss": (causal("GptOss", **{**MOE, "num_local_experts": 4}), IDS),
+    "qwen3 vl moe": (
+        lambda: tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(**QWEN_VL)), IDS,
+    ),
     "llama, classifier": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, num_labels=3, pad_token_id=0)), IDS,
     ),
@@ -133,7 +146,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
 }  # fmt: skip
 
 
-WITH_EXPERTS = ("mixtral", "qwen3 moe", "deepseek v2", "deepseek v3", "gpt-oss")
+WITH_EXPERTS = ("mixtral", "qwen3 moe", "deepseek v2", "deepseek v3", "gpt-oss", "qwen3 vl moe")
 OPTIONS = {"dense": {"bits": 2, "format": "dense"}, "packed": {"bits": 3, "format": "packed"}, "auto": {"bits": 4}}
 
 

@@ -41,7 +41,8 @@ class PackedExpert(nn.Module):
 
     def packed(self, piece: str) -> Packed:
         """One matrix."""
-        return self.schemes[piece].packed(*self.shapes[piece], lambda key: self.get_buffer(f"{piece}_{key}"))
+        tensors: Any = self._buffers.get
+        return self.schemes[piece].packed(*self.shapes[piece], lambda key: tensors(f"{piece}_{key}"))
 
     def forward(self, x: Tensor, pieces: tuple[str, ...]) -> Tensor:
         """`x @ W.T`, W being these matrices one on top of the other."""

@@ -20,6 +20,14 @@ from loftq_cli.runtime.layer import PackedLinear, become_dense
 from loftq_cli.runtime.scheme import Scheme
 
 METHOD = "loftq_packed"
+DTYPES_OF_BUFFERS = {  # by the ends of their names
+    "codes": (torch.int32,),
+    "zero_point": (torch.int32,),
+    "codebook": (torch.float32,),
+    "scale": (torch.float16, torch.uint8),
+    "scale_absmax": (torch.float32,),
+    "scale_offset": (torch.float32,),
+}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -98,18 +106,19 @@ class PackedQuantizer(HfQuantizer):
             warnings.warn(text, stacklevel=2)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """Refuse what was not filled: a packed layer cannot start at random.
+        """Refuse what was not filled, for a packed layer cannot start at random, and what is of another dtype.
 
         Raises:
-            ValueError: the checkpoint has no tensor for a buffer of a packed layer.
+            ValueError: the checkpoint has no tensor for a buffer of a packed layer, or one of another dtype.
         """
         devices = set(getattr(model, "hf_device_map", {}).values())
-        if len(devices) > 1 or "disk" in devices:
-            return  # accelerate has moved the tensors, and with them the loader's marks are gone
+        marked = len(devices) <= 1 and "disk" not in devices  # else accelerate has moved the tensors, without the marks
         for name, layer in model.named_modules():
             for key, buffer in layer.named_buffers() if isinstance(layer, PackedLinear | PackedExpert) else ():
-                if not getattr(buffer, "_is_hf_initialized", False):
+                if marked and not getattr(buffer, "_is_hf_initialized", False):
                     raise ValueError(f"the checkpoint has no tensor for `{name}.{key}`")
+                if buffer.dtype not in DTYPES_OF_BUFFERS[next(end for end in DTYPES_OF_BUFFERS if key.endswith(end))]:
+                    raise ValueError(f"`{name}.{key}` is {buffer.dtype} in the checkpoint: it is not a packed one")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a saved config has it

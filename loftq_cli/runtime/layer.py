@@ -58,11 +58,13 @@ class PackedLinear(nn.Linear):
 
     def packed(self) -> Packed:
         """The tensors, by the names of `formats.packed`."""
-        get: Any = self._buffers.__getitem__  # `get_buffer` takes longer: in generation microseconds count
-        return self.scheme.packed(self.out_features, self.in_features, get)
+        tensors: Any = self._buffers.get  # quicker than attributes of modules: in generation microseconds count
+        return self.scheme.packed(self.out_features, self.in_features, tensors)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`."""
+        if not isinstance(self, PackedLinear):  # dense by now, and called by who kept this method, as accelerate does
+            return nn.functional.linear(input, self.weight, self.bias)
         return product(input, self, self.bias)
 
     @property
@@ -98,14 +100,16 @@ class PackedLinear(nn.Linear):
 
 def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, with gradients of `x` and of the bias."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
     trains = x.requires_grad or (bias is not None and bias.requires_grad)
     if not (trains and torch.is_grad_enabled()):
         return multiply(x, layer.packed(), bias)
-    output: Tensor = _Product.apply(x, bias, layer)
-    return output
+    packed = layer.packed()
+    # flat, for a view that is made within a function of autograd cannot be written into
+    output: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), bias, packed)
+    return output.view(*x.shape[:-1], packed.shape[0])
 
 
 def become_dense(layer: PackedLinear, weight: Tensor) -> None:
@@ -113,24 +117,25 @@ def become_dense(layer: PackedLinear, weight: Tensor) -> None:
     for name in list(layer._buffers):
         del layer._buffers[name]
     layer.__class__ = nn.Linear  # type: ignore[assignment]
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    plain = weight.clone() if weight.is_inference() else weight.detach()  # inference tensors cannot be trained with
+    layer.weight = nn.Parameter(plain, requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
     """`x @ W.T + bias` with a W that is made, used and dropped in each direction: only codes are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Unpackable) -> Tensor:
-        ctx.layer = layer
-        return multiply(x, layer.packed(), bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+        ctx.packed = packed  # whatever becomes of the layer until `backward`
+        return multiply(x, packed, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_x, to_bias, _ = ctx.needs_input_grad
         return (
-            gradient @ dequantize(ctx.layer.packed(), gradient.dtype) if to_x else None,
-            gradient.reshape(-1, gradient.shape[-1]).sum(0) if to_bias else None,
+            gradient @ dequantize(ctx.packed, gradient.dtype) if to_x else None,
+            gradient.sum(0) if to_bias else None,
             None,
         )
 
@@ -232,3 +237,19 @@ class _DenseWhenUsed(Tensor):
     def tolist(self) -> Any:
         """The values."""
         return self._dense().tolist()
+
+
+def _into_layer(operator: str) -> Callable[[_DenseWhenUsed, Any], Tensor]:
+    """`w += d` and its like: `w` is then the layer's new weight itself, for whoever puts `w` back into the layer."""
+    compute = getattr(Tensor, operator)
+
+    def apply(weight: _DenseWhenUsed, other: Any) -> Tensor:
+        result: Tensor = compute(weight, other)
+        changed = not isinstance(weight.layer, PackedLinear) and weight.piece is None
+        return weight.layer.weight.detach() if changed else result
+
+    return apply
+
+
+for _operator in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
+    setattr(_DenseWhenUsed, _operator, _into_layer(_operator))

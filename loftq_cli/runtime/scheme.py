@@ -29,6 +29,15 @@ class Scheme:
     grid: str
     double_quant: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what a config.json may say and no weight can be.
+
+        Raises:
+            ValueError: there is no such group size.
+        """
+        if self.group_size < 1 and self.group_size != -1:
+            raise ValueError(f"there is no group size {self.group_size}")
+
     def group(self, n: int) -> int:
         """Inputs that share a scale, of `n`."""
         return n if self.group_size == -1 else self.group_size
