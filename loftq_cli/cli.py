@@ -129,7 +129,7 @@ def quantize(
 
         plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
         for note in plan.notes:
-            (output.note if note.startswith("format") else output.warning)(note)
+            (output.warning if note == plan.targets.note else output.note)(note)
         if dry_run:
             if plan.is_calibrated:
                 output.note(told(prepare(plan, 1), plan.config.calibration))

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loftq_cli import quantize
-from loftq_cli.checkpoint import fp8
-from loftq_cli.checkpoint.reader import read_chunks, read_tensor
+from loftq_cli.checkpoint import fp8, reader
+from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_tensor
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
@@ -144,8 +144,15 @@ def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
 def test_fp8_is_dequantized_piece_by_piece(
     fp8_llama: tuple[Path, dict[str, Tensor]], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fp8, "STEP_ELEMENTS", step)
     folder, values = fp8_llama
+    sizes = []
+
+    def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
+        sizes.append(len(view))
+        reader.read_at(descriptor, view, path, info, begin)
+
+    monkeypatch.setattr(fp8, "STEP_ELEMENTS", step)
+    monkeypatch.setattr(fp8, "read_at", read_at)  # of the codes
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.tensors.keys() == values.keys()
     assert "quantization_config" not in checkpoint.config
@@ -155,6 +162,7 @@ def test_fp8_is_dequantized_piece_by_piece(
         assert is_rounded(whole, values[name]), name
         pieces = b"".join(read_chunks(checkpoint.path(info.file), info, 1234))
         assert pieces == whole.view(torch.uint8).numpy().tobytes()
+    assert 0 < max(sizes) <= step
 
 
 def test_fp8_source_from_end_to_end(fp8_llama: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
