@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,12 @@ def test_fp8_of_experts_in_one_tensor(tmp_path: Path) -> None:
     save_file({"up": codes, "up_scale_inv": scale}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config == {"text_config": {}}
-    assert is_rounded(read_tensor(checkpoint.path("model.safetensors"), checkpoint.tensors["up"]), exact)
+    info = checkpoint.tensors["up"]
+    assert is_rounded(read_tensor(checkpoint.path(info.file), info), exact)
+    for i in range(3):  # one expert alone
+        size = info.nbytes // 3
+        one = replace(info, name=f"up[{i}]", shape=info.shape[1:], offset=info.offset + i * size, nbytes=size)
+        assert is_rounded(read_tensor(checkpoint.path(info.file), one), exact[i])
 
 
 CODES = torch.ones(6, 8).to(torch.float8_e4m3fn)

@@ -35,7 +35,7 @@ def hash_file(path: Path) -> str:
     return sha.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds one object."""
     try:
         content = json.loads(path.read_bytes())

@@ -52,7 +52,7 @@ DTYPES: dict[str, torch.dtype] = {
 class Decoder(Protocol):
     """What reads a tensor that is stored as something else than what it is taken for."""
 
-    def read_at(self, descriptor: int, view: memoryview, path: Path, begin: int) -> None:
+    def read_at(self, descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
         """As `read_at` of this module, in bytes of the decoded tensor."""
         ...
 
@@ -61,7 +61,8 @@ class Decoder(Protocol):
 class TensorInfo:
     """One tensor of one file; `offset` counts from the start of the file.
 
-    With a `decoder`, `dtype` and `nbytes` are those of what it makes.
+    With a `decoder`, `dtype` and `nbytes` are those of what it makes, and a slice begins as many of these bytes after
+    the `offset` of the whole.
     """
 
     name: str
@@ -165,7 +166,7 @@ def read_into(view: memoryview, path: Path, info: TensorInfo, begin: int) -> Non
 def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
     """As `read_into`, from a file that is open already."""
     if info.decoder is not None:
-        info.decoder.read_at(descriptor, view, path, begin)
+        info.decoder.read_at(descriptor, view, path, info, begin)
         return
     done = 0
     while done < len(view):  # one read stops at 2 GiB
