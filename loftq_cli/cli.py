@@ -143,7 +143,7 @@ def quantize(
 
         plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
         for note in plan.notes:
-            (output.note if note.startswith(("format", "experts")) else output.warning)(note)
+            (output.warning if note == plan.targets.note else output.note)(note)
         if dry_run:
             text = prepare(plan, 1) if plan.is_calibrated else None
             if text is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loftq_cli.checkpoint.files import read_json_if_any, read_lines, write_file, writing
+from loftq_cli.checkpoint.files import read_json, read_lines, write_file, writing
 from loftq_cli.errors import LoftqError, again
 
 WORK_FOLDER = ".loftq"
@@ -213,7 +213,7 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
             f"`{out}` holds a finished run with other settings: " + "; ".join(changed),
             "choose another OUT, or replace it with `--overwrite`",
         )
-    if missing := [name for name in read_json_if_any(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
+    if missing := [name for name in read_json(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
         raise LoftqError(f"`{out}` is finished, but `{missing[0]}` is gone", "make it again with `--overwrite`")
     return True
 
@@ -260,7 +260,7 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
 
 def remove_outputs(out: Path) -> None:
     """Remove the files that an earlier run wrote in `out`, finished or not, and nothing else."""
-    report = read_json_if_any(out / REPORT_FILE)
+    report = read_json(out / REPORT_FILE)
     header = read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
     listed = [*(header[0]["planned"] if header else []), *(written_files(report) if "files" in report else [])]
     # a report may come from anywhere: no name of its may lead out of the folder
@@ -290,7 +290,7 @@ def is_ours(out: Path, name: object) -> bool:
 
 def finished_identity(out: Path) -> Identity | None:
     """The identity of a finished run in `out`, from its report; None when there is none."""
-    report = read_json_if_any(out / REPORT_FILE)
+    report = read_json(out / REPORT_FILE)
     try:
         return Identity(report["version"], report["source"]["fingerprint"], report["config"])
     except (KeyError, TypeError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.files import read_json_if_any
+from loftq_cli.checkpoint.files import read_json
 from loftq_cli.checkpoint.hub import is_repo_id
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, is_ours, written_files
@@ -205,7 +205,7 @@ def _earlier(repo_id: str, revision: str | None, known: Mapping[str, str]) -> se
     there = {file.rfilename: file for file in info.siblings or []}
     ours: set[str] = set()
     if REPORT_FILE in there:
-        ours = set(written_files(read_json_if_any(Path(hf_hub_download(repo_id, REPORT_FILE, revision=info.sha)))))
+        ours = set(written_files(read_json(Path(hf_hub_download(repo_id, REPORT_FILE, revision=info.sha)))))
     for name, file in there.items():
         folder, _, last = name.rpartition("/")
         if folder not in ("", "loftq_init") or not (last.endswith(".safetensors") or name == "adapter_config.json"):

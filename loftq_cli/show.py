@@ -14,7 +14,7 @@ from rich.filesize import decimal as size
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.card import with_perplexity
-from loftq_cli.checkpoint.files import read_json_if_any, write_file
+from loftq_cli.checkpoint.files import read_json, write_file
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
@@ -151,7 +151,7 @@ def report(
 
 def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
     """Refuse before a run what would keep its output from being pushed."""
-    pushing.open_repo(repo_id, private, None, read_json_if_any(out / REPORT_FILE).get("files", {}), output.note)
+    pushing.open_repo(repo_id, private, None, read_json(out / REPORT_FILE).get("files", {}), output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loftq_cli import quantize
-from loftq_cli.checkpoint import fp8
-from loftq_cli.checkpoint.reader import read_chunks, read_tensor
+from loftq_cli.checkpoint import fp8, reader
+from loftq_cli.checkpoint.reader import TensorInfo, read_chunks, read_tensor
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
@@ -144,8 +145,15 @@ def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
 def test_fp8_is_dequantized_piece_by_piece(
     fp8_llama: tuple[Path, dict[str, Tensor]], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fp8, "STEP_ELEMENTS", step)
     folder, values = fp8_llama
+    sizes = []
+
+    def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
+        sizes.append(len(view))
+        reader.read_at(descriptor, view, path, info, begin)
+
+    monkeypatch.setattr(fp8, "STEP_ELEMENTS", step)
+    monkeypatch.setattr(fp8, "read_at", read_at)  # of the codes
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.tensors.keys() == values.keys()
     assert "quantization_config" not in checkpoint.config
@@ -155,6 +163,7 @@ def test_fp8_is_dequantized_piece_by_piece(
         assert is_rounded(whole, values[name]), name
         pieces = b"".join(read_chunks(checkpoint.path(info.file), info, 1234))
         assert pieces == whole.view(torch.uint8).numpy().tobytes()
+    assert 0 < max(sizes) <= step
 
 
 def test_fp8_source_from_end_to_end(fp8_llama: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -258,7 +267,12 @@ def test_fp8_of_experts_in_one_tensor(tmp_path: Path) -> None:
     save_file({"up": codes, "up_scale_inv": scale}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config == {"text_config": {}}
-    assert is_rounded(read_tensor(checkpoint.path("model.safetensors"), checkpoint.tensors["up"]), exact)
+    info = checkpoint.tensors["up"]
+    assert is_rounded(read_tensor(checkpoint.path(info.file), info), exact)
+    for i in range(3):  # one expert alone
+        size = info.nbytes // 3
+        one = replace(info, name=f"up[{i}]", shape=info.shape[1:], offset=info.offset + i * size, nbytes=size)
+        assert is_rounded(read_tensor(checkpoint.path(info.file), one), exact[i])
 
 
 CODES = torch.ones(6, 8).to(torch.float8_e4m3fn)

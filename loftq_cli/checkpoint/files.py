@@ -43,7 +43,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read_json_if_any(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def read_json_if_any(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds one object."""
     try:
         content = json.loads(path.read_bytes())

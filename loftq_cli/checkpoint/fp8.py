@@ -45,8 +45,8 @@ class Scaled:
     dtype: torch.dtype
     place: Place
 
-    def read_at(self, descriptor: int, view: memoryview, path: Path, begin: int) -> None:
-        """Fill `view` with bytes of the dequantized tensor from its byte `begin` on; `descriptor` is the codes' file.
+    def read_at(self, descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
+        """Fill `view` from byte `begin` on of the dequantized tensor, or slice of it, `info`; of the codes' file.
 
         Raises:
             LoftqError: a file cannot be read, or ends too early.
@@ -54,7 +54,8 @@ class Scaled:
         if not len(view):  # torch takes no empty buffer
             return
         target = torch.frombuffer(view, dtype=self.dtype)
-        first, end = begin // self.dtype.itemsize, begin // self.dtype.itemsize + len(target)
+        first = (info.offset - self.codes.offset + begin) // self.dtype.itemsize
+        end = first + len(target)
         scale = self._scales()
         for start in range(first, end, STEP_ELEMENTS):
             stop = min(start + STEP_ELEMENTS, end)

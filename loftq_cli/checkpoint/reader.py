@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +54,7 @@ DTYPES: dict[str, torch.dtype] = {
 class Decoder(Protocol):
     """What reads a tensor that is stored as something else than what it is taken for."""
 
-    def read_at(self, descriptor: int, view: memoryview, path: Path, begin: int) -> None:
+    def read_at(self, descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
         """As `read_at` of this module, in bytes of the decoded tensor."""
         ...
 
@@ -63,7 +63,8 @@ class Decoder(Protocol):
 class TensorInfo:
     """One tensor of one file; `offset` counts from the start of the file.
 
-    With a `decoder`, `dtype` and `nbytes` are those of what it makes.
+    With a `decoder`, `dtype` and `nbytes` are those of what it makes, and a slice begins as many of these bytes after
+    the `offset` of the whole.
     """
 
     name: str
@@ -156,7 +157,7 @@ def lookup(infos: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
     if whole is None or not whole.shape or i >= whole.shape[0]:
         return None
     each = whole.nbytes // whole.shape[0]  # it lies in one piece, as a tensor does
-    return TensorInfo(name, whole.dtype, whole.shape[1:], whole.file, whole.offset + i * each, each)
+    return replace(whole, name=name, shape=whole.shape[1:], offset=whole.offset + i * each, nbytes=each)
 
 
 def whole_name(name: str) -> str:
@@ -184,7 +185,7 @@ def read_into(view: memoryview, path: Path, info: TensorInfo, begin: int) -> Non
 def read_at(descriptor: int, view: memoryview, path: Path, info: TensorInfo, begin: int) -> None:
     """As `read_into`, from a file that is open already."""
     if info.decoder is not None:
-        info.decoder.read_at(descriptor, view, path, begin)
+        info.decoder.read_at(descriptor, view, path, info, begin)
         return
     done = 0
     while done < len(view):  # one read stops at 2 GiB

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.files import fingerprint, near_folders, read_json
+from loftq_cli.checkpoint.files import fingerprint, json_object, near_folders
 from loftq_cli.checkpoint.fp8 import fold_scales
 from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id
 from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header
@@ -107,9 +107,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         LoftqError: there is no such model, or none that can be quantized; the hint says what to do.
     """
     place = _find(model, revision)
-    weights = choose_weights(model, revision, place.sizes, lambda name: read_json(place.path(name)))
+    weights = choose_weights(model, revision, place.sizes, lambda name: json_object(place.path(name)))
     files, index = weights.files, weights.index
-    config = read_json(place.path("config.json"))
+    config = json_object(place.path("config.json"))
     refuse_quantized(model, revision, config)
 
     def header(file: str) -> Header:
