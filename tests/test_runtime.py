@@ -111,6 +111,14 @@ def test_loads_where_accelerate_moves_a_part(outputs: tuple[Path, Path], tmp_pat
     assert torch.equal(logits(model), logits(load(outputs[0])))
 
 
+def test_offload_takes_the_codes_too(outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    parts = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places = {**parts, "model.layers.1": "disk"}
+    model = load(outputs[0], device_map=places, offload_folder=tmp_path, offload_buffers=True)
+    assert model.model.layers[1].self_attn.q_proj.codes.is_meta
+    assert torch.equal(logits(model), logits(load(outputs[0])))
+
+
 def test_memory_is_that_of_the_file(outputs: tuple[Path, Path]) -> None:
     model = load(outputs[0])
     file = (outputs[0] / "model.safetensors").stat().st_size
@@ -179,6 +187,21 @@ def test_a_missing_tensor_is_refused(outputs: tuple[Path, Path], tmp_path: Path)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"no tensor for `{Q_PROJ}\.scale`"):
         load(folder)
+
+
+def test_a_tensor_of_another_dtype_is_refused(outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(outputs[0], tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[f"{Q_PROJ}.codes"] = tensors[f"{Q_PROJ}.codes"].long()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}\.codes.*int64"):
+        load(broken)
+
+
+@pytest.mark.parametrize("group_size", [0, -7])
+def test_there_are_no_such_groups(group_size: int) -> None:
+    with pytest.raises(ValueError, match="group size"):
+        Scheme(2, group_size, "codebook")
 
 
 def test_the_body_alone_loads_too(outputs: tuple[Path, Path]) -> None:
@@ -339,8 +362,10 @@ def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         output = layer(x)
     assert all(tensor.numel() < 64 * 96 for tensor in kept)
-    held = [t for t in vars(output.grad_fn).values() if isinstance(t, Tensor)]
-    assert not held
+    product = output.grad_fn.next_functions[0][0]  # behind the view of it
+    held = [t for t in product.packed if isinstance(t, Tensor)]
+    assert len(held) == len(layer._buffers)
+    assert all(any(t is own for own in layer._buffers.values()) for t in held)
     output.sum().backward()
     assert x.grad is not None
 
@@ -472,6 +497,42 @@ def test_an_argument_given_twice_is_made_once(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 192), (2, 48), (101,)], ids=str)
+def test_inputs_of_another_width_are_refused_as_torch_does(shape: tuple[int, ...]) -> None:
+    layer = layer_like(40, 96, Scheme(2, 32, "codebook"))
+    for x in (torch.randn(shape), torch.randn(shape).requires_grad_()):
+        with pytest.raises(RuntimeError, match=r"mat1|size"):
+            layer(x)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 96), (96,), (4, 96)], ids=str)
+def test_the_output_can_be_written_into_while_training(shape: tuple[int, ...]) -> None:
+    layer = layer_like(40, 96, Scheme(3, 32, "affine"), bias=True)
+    x = torch.randn(shape).requires_grad_()
+    y = layer(x)
+    y += 1
+    y.sum().backward()
+    assert close(x.grad, layer.dequantize(torch.float32).sum(0).expand(shape), 1e-5)
+
+
+def test_gradients_do_not_change_with_the_layer() -> None:
+    layer = layer_like(40, 96, Scheme(2, 32, "codebook"))
+    W, x = layer.dequantize(torch.float32), torch.randn(3, 96).requires_grad_()
+    y = layer(x)
+    layer.weight.data += 1
+    y.sum().backward()
+    assert torch.allclose(x.grad, W.sum(0).expand(3, 96), atol=1e-5)
+
+
+def test_what_is_merged_in_inference_mode_can_be_trained_on() -> None:
+    layer = layer_like(40, 96, Scheme(2, 32, "codebook"))
+    with torch.inference_mode():
+        layer.weight.data += 1
+    x = torch.randn(3, 96).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, 96), atol=1e-4)
+
+
 def test_one_input_without_a_batch_trains_the_bias() -> None:
     layer = layer_like(64, 96, Scheme(3, 32, "affine"), bias=True)
     layer(torch.randn(96)).sum().backward()
@@ -552,7 +613,7 @@ def test_merge_and_unload_is_not_lost(outputs: tuple[Path, Path], tmp_path: Path
 
 
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("kind", ["HiraConfig", "DeloraConfig", "OFTConfig", "LoHaConfig"])
+@pytest.mark.parametrize("kind", ["HiraConfig", "DeloraConfig", "OFTConfig", "LoHaConfig", "VeraConfig", "ShiraConfig"])
 def test_no_other_adapters_merge_is_lost(outputs: tuple[Path, Path], kind: str, safe: bool) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -568,6 +629,39 @@ def test_no_other_adapters_merge_is_lost(outputs: tuple[Path, Path], kind: str, 
     merged = model.merge_and_unload(safe_merge=safe)
     assert close(logits(merged), wanted, 1e-5)
     assert len(packed_layers(merged)) == 13 - 4
+
+
+@pytest.mark.parametrize("kind", ["AdaLoraConfig", "C3AConfig", "GraloraConfig"])
+def test_adapters_that_write_into_the_output_train(outputs: tuple[Path, Path], kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    options: dict[str, Any] = {
+        "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False},
+        "C3AConfig": {"block_size": 32, "init_weights": False},
+        "GraloraConfig": {"r": 4, "init_weights": False},
+    }[kind]
+
+    def gradients(folder: Path) -> list[Tensor]:
+        torch.manual_seed(0)
+        config = getattr(peft, kind)(target_modules=["q_proj", "down_proj"], **options)
+        model = peft.get_peft_model(load(folder), config).train()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    packed, dense = gradients(outputs[0]), gradients(outputs[1])
+    assert len(packed) == len(dense) >= 4
+    assert all(close(a.float(), b.float(), 1e-3) for a, b in zip(packed, dense, strict=True))
+
+
+@pytest.mark.parametrize("make_plain", ["merge_and_unload", "dequantize"])
+def test_layers_with_accelerates_hooks_become_plain(outputs: tuple[Path, Path], make_plain: str) -> None:
+    """As where layers lie on two devices: accelerate keeps the `forward` that the layer had."""
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(load(outputs[0], dtype=torch.float32), {"": "cpu"}, force_hooks=True)
+    model = attach(model, outputs[0]).eval() if make_plain == "merge_and_unload" else model
+    wanted = logits(model)
+    plain = getattr(model, make_plain)()
+    assert not packed_layers(plain) or make_plain == "merge_and_unload"
+    assert close(logits(plain), wanted, 1e-4)
 
 
 def test_unloading_leaves_the_base_packed(outputs: tuple[Path, Path], tmp_path: Path) -> None:

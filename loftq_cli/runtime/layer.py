@@ -117,8 +117,9 @@ def become_dense(layer: PackedLinear, weight: Tensor) -> None:
     for name in list(layer._buffers):
         del layer._buffers[name]
     layer.__class__ = nn.Linear  # type: ignore[assignment]
-    plain = weight.clone() if weight.is_inference() else weight.detach()  # inference tensors cannot be trained with
-    layer.weight = nn.Parameter(plain, requires_grad=False)
+    with torch.inference_mode(False):  # whose tensors could not be trained with
+        plain = weight.clone() if weight.is_inference() else weight.detach()
+        layer.weight = nn.Parameter(plain, requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
