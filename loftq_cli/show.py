@@ -61,12 +61,14 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
     ]
     target = f" → {out}" if out else ""
     device = totals["estimated_peak_device_bytes"]
+    without = sum(row["rank"] == 0 for row in summary["weights"])
+    but = f" (none for the {without} weights of experts)" if without else ""
     output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
     _skips(output, summary["skipped"])
     output.result(
         f"{totals['weights']} weights, {totals['parameters']:,} parameters: {config.method}, {config.quantizer}, "
         f"{totals['bits_per_weight']:.2f} bits per weight in `{config.format}`, group {config.group_size}, "
-        f"rank {config.rank}, on {config.device}\n"
+        f"rank {config.rank}{but}, on {config.device}\n"
         f"source {size(totals['source_bytes'])}, base {size(totals['base_bytes'])}, "
         f"adapter {size(totals['adapter_bytes'])}, about {size(totals['estimated_peak_host_bytes'])} of host memory"
         + (f" and {size(device)} of device memory" if device else "")

@@ -270,7 +270,7 @@ def test_moments_and_errors_are_those_of_the_layers(speaking: Path) -> None:
     names, _ = state_keys(checkpoint, skeleton)
     parts = micro_batches(4, 6, 3)
     stream = BlockStream(
-        skeleton, checkpoint, names, (), ["model.layers"], tokens, parts, torch.device("cpu"), torch.float32
+        skeleton, checkpoint, names, (), {}, ["model.layers"], tokens, parts, torch.device("cpu"), torch.float32
     )
     (stack,) = stream.stacks
     enters = stream.begin(stack, {})
