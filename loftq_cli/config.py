@@ -106,6 +106,8 @@ class QuantizeConfig(BaseModel):
         if self.init == "qlora" and self._was_given("code_lr"):
             raise ValueError("from `init` qlora it is clipping that trains, and decides the codes: leave out `code_lr`")
         if self.double_quant and quantizer in GRIDS:
+            if self.format in ("gptq", "compressed-tensors"):
+                raise ValueError(f"`format` {self.format} has no 8-bit scales: with `double_quant` use `format` packed")
             raise ValueError(
                 f"`double_quant` quantizes the scales of a codebook, not those of `{quantizer}`: use the quantizer "
                 "`lloyd` or, at 4 bits, `nf`"
@@ -143,7 +145,7 @@ class QuantizeConfig(BaseModel):
         widths = {self.bits, *self.bits_for.values()}
         if self.format == "bnb" and widths == {4}:
             return "nf"
-        if self.format == "packed":
+        if self.format == "packed" or (self.format == "auto" and self.double_quant and widths != {4}):
             return "uniform" if 8 in widths else "lloyd"
         if self.method == "cloq" or self.is_trained:
             return "uniform"
@@ -201,9 +203,13 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             message = message.replace(f"`{field}`", f"`--{field.replace('_', '-')}`")
         return ConfigError(message)
     flag = "--" + str(problem["loc"][0]).replace("_", "-")
+    if flag == "--bits-for" and len(problem["loc"]) > 1:
+        value = f"{problem['loc'][1]}={value}"
     if problem["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
         return ConfigError(f"`{flag} {value}`{where} is not one of its values", did_you_mean(str(value), choices))
     if flag == "--device":
         return ConfigError(f"`--device {value}`{where} is not a device", "use auto, cpu, cuda or cuda:N")
+    if problem["type"] == "value_error":  # a sentence of ours
+        return ConfigError(f"`{flag}`{where}: {problem['msg'].removeprefix('Value error, ')}")
     return ConfigError(f"`{flag} {value}`{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}")

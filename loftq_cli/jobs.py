@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -146,7 +147,16 @@ def _refuse_parts(linears: Iterable[str], skipped: dict[str, str]) -> None:
 
 
 def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
+    modules = list(modules)
     kinds = {module.rpartition(".")[2] for module in modules}
+    if flag == "--bits-for" and glob.startswith("block"):
+        blocks = {match.group(1, 2) for match in map(BLOCK.match, modules) if match}
+        counts = Counter(name for name, _ in blocks)
+        listed = ", ".join(f"`{name}` has {count}" for name, count in counts.items()) or "it has none"
+        return LoftqError(
+            f"`{flag} {glob}` is no slice that holds blocks of this model",
+            f"{listed}; slices are Python's, or shares: `blocks[5:6]`, `blocks[-2:]`, `blocks[:50%]`",
+        )
     return LoftqError(
         f"`{flag} {glob}` matches no linear layer",
         "globs are matched against whole module names, e.g. `*.down_proj` or `model.layers.0.*`"

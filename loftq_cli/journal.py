@@ -52,7 +52,8 @@ class Identity:
             "loftq version": (self.version, other.version),
             "source checkpoint": (self.source, other.source),
         }
-        for name in sorted({*self.config, *other.config} - {"calibration"}):  # text is known by its tokens
+        derived = {"alpha"} if all(c.get("alpha") == c.get("rank") for c in (self.config, other.config)) else set()
+        for name in sorted({*self.config, *other.config} - {"calibration"} - derived):  # text is known by its tokens
             shown = "the text of --calibration" if name == "calibration_tokens" else "--" + name.replace("_", "-")
             pairs[shown] = (self.config.get(name), other.config.get(name))
         return [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]

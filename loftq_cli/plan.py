@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -216,13 +215,19 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     stacked = stacked_factors(jobs, targets.stacks)
     notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note, about_experts(jobs)) if note]
 
-    def build(format_name: str, jobs: tuple[WeightJob, ...] = jobs, notes: Iterable[str] = ()) -> Plan:
-        chosen = decided.model_copy(update={"format": format_name})
+    if config.bits_for and all(job.bits != config.bits for job in jobs):
+        notes.append(f"no weight is left at `--bits {config.bits}`: what `--bits-for` names is all of them")
+
+    def build(format_name: str) -> Plan:
+        chosen, jobs_of = decided.model_copy(update={"format": format_name}), jobs
+        if config.format == "auto" and format_name == "packed" and config.quantizer is None:  # it has a better one
+            chosen = config.model_copy(update={"format": format_name}).decided()
+            jobs_of = make_jobs(checkpoint, linears, targets, chosen)
         return Plan(
             checkpoint=checkpoint,
             config=chosen,
             format=FORMATS[format_name],
-            jobs=jobs,
+            jobs=jobs_of,
             shards=(),
             stacked=stacked,
             adapter_layout=(
@@ -232,7 +237,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             skipped=skipped,
             skipped_linears=skipped_linears,
             targets=targets,
-            notes=tuple(notes),
+            notes=(),
         )
 
     if config.format == "auto":

@@ -234,11 +234,18 @@ def layer_groups(weights: Iterable[Mapping[str, Any]], fields: Iterable[str] = (
             weights=len(rows),
             parameters=sum(math.prod(row["shape"]) for row in rows),
             shapes=", ".join(dict.fromkeys(f"{m}×{n}" for m, n in (row["shape"] for row in rows))),
-            bits="/".join(str(bits) for bits in sorted({row["bits"] for row in rows})),
+            bits=_widths(Counter(row["bits"] for row in rows)),
             errors=pooled_errors(rows, fields),
         )
         for kind, rows in kinds.items()
     ]
+
+
+def _widths(counts: Mapping[int, int]) -> str:
+    """`4`, or where there are several, how many have each: `2 (20), 4 (10)`."""
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{bits} ({count})" for bits, count in sorted(counts.items()))
 
 
 def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, str]]:

@@ -90,6 +90,10 @@ def test_dry_run_writes_nothing_and_needs_headers_only(sharded_llama: Path, tmp_
         (["--quantizer=unifrm"], 2, "did you mean `uniform`"),
         (["--device=gpu"], 2, "`--device gpu`"),
         (["--bits-for=down_proj"], 2, "GLOB=BITS"),
+        (["--bits-for=*.down_proj=5"], 2, "`--bits-for *.down_proj=5`"),
+        (["--bits-for=blocks[40:]=3"], 1, "`model.layers` has 2"),
+        (["--bits-for=block[0]=3"], 1, "`blocks[5:6]`"),
+        (["--bits=2", "--double-quant", "--format=gptq"], 2, "packed"),
         (["--resume", "--overwrite"], 2, "contradict"),
         (["--no-such-flag"], 2, "No such option"),
         (["--config=absent.yaml"], 2, "`absent.yaml`"),
@@ -106,6 +110,11 @@ def test_exit_codes_and_sentences(tiny_llama: Path, tmp_path: Path, arguments: l
     assert said in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_bits_that_no_weight_has_are_noticed(tiny_llama: Path, tmp_path: Path) -> None:
+    result = loftq("quantize", "--bits=2", "--rank=4", "--bits-for=blocks[:50]=4", "--dry-run", tiny_llama, tmp_path)
+    assert "no weight is left at `--bits 2`" in result.stderr.replace("\n", " ")
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_dequantize_gives_a_plain_model(outputs: tuple[Path, Path], tmp_path: Pa
         assert torch.equal(logits(load(tmp_path)), before)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_is_saved_names_no_code_that_is_not_saved(outputs: tuple[Path, Path], tmp_path: Path, plain: bool) -> None:
+    model = load(outputs[0])
+    (model.dequantize() if plain else model).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path, trust_remote_code=True)), logits(load(outputs[0])))
+
+
 def test_dequantize_after_saving(outputs: tuple[Path, Path], tmp_path: Path) -> None:
     model = load(outputs[0])
     before = logits(model)

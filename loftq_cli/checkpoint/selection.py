@@ -147,6 +147,8 @@ def refuse_quantized(model: str, revision: str | None, config: Mapping[str, Any]
             continue
         by = str(entry.get("quant_method", "another tool") if isinstance(entry, dict) else "another tool")
         hint = "start from the unquantized checkpoint that it was made from; its model card should name it"
+        if by == "loftq_packed":
+            hint += "; or put base and adapter together, `loftq merge OUT DEST`, and start from that"
         if by in UNDONE:
             lines = conversion_lines(source_argument(model, revision), config, quantized_by=by)
             hint += f"; or from the values that are left, in `{CONVERTED}`:\n{lines}"

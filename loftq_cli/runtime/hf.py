@@ -127,6 +127,7 @@ class PackedQuantizer(HfQuantizer):
                 become_dense(layer, layer.dequantize(named or layer.compute_dtype))
             elif isinstance(layer, PackedExperts):
                 unpack_experts(layer, named or layer.compute_dtype)
+        _forget_code(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -134,6 +135,7 @@ class PackedQuantizer(HfQuantizer):
         packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
         if any(name.endswith(".base_layer") for name in packed):  # as they are called while an adapter is attached
             return None, {}
+        _forget_code(model)
         experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
         if not packed and not experts:
             self.remove_quantization_config(model)
@@ -159,6 +161,19 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on it are."""
         return True
+
+
+def _forget_code(model: Any) -> None:
+    """No longer name the checkpoint's copy of this package, which is not saved with the model: the import loads it.
+
+    A model that this copy has loaded is of a class of its own, whose code transformers saves, and names again.
+    """
+    named = getattr(model.config, "auto_map", None) or {}
+    left = {auto: path for auto, path in named.items() if not str(path).startswith("modeling_loftq_packed.")}
+    if left != named and not type(model).__module__.startswith("transformers_modules"):
+        model.config.auto_map = left
+        if not left:
+            del model.config.auto_map
 
 
 def register(again: bool = False) -> None:
