@@ -32,8 +32,8 @@ RANK = 4
 def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     return SimpleNamespace(
-        jobs=tuple(SimpleNamespace(module=name, transposed=False) for name in linears),
-        targets=SimpleNamespace(task_type="CAUSAL_LM"),
+        jobs=tuple(SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None) for name in linears),
+        targets=SimpleNamespace(task_type="CAUSAL_LM", stacks=[]),
         config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
     )
 
@@ -137,7 +137,9 @@ def test_config_has_no_key_that_peft_lacks() -> None:
 
     options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
     plan = SimpleNamespace(
-        jobs=(SimpleNamespace(module="a.b", transposed=False),), targets=SimpleNamespace(task_type=None), config=options
+        jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None),),
+        targets=SimpleNamespace(task_type=None, stacks=[]),
+        config=options,
     )
     config = adapter_config(plan, "owner/name", ["", "a", "a.b", "a.c"])
     known = set(LoraConfig.__dataclass_fields__)
