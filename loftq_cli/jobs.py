@@ -154,7 +154,7 @@ def _no_match(flag: str, glob: str, modules: Iterable[str]) -> LoftqError:
         counts = Counter(name for name, _ in blocks)
         listed = ", ".join(f"`{name}` has {count}" for name, count in counts.items()) or "it has none"
         return LoftqError(
-            f"`{flag} {glob}` is no slice that holds blocks of this model",
+            f"`{flag} {glob}` matches no linear layer",
             f"{listed}; slices are Python's, or shares: `blocks[5:6]`, `blocks[-2:]`, `blocks[:50%]`",
         )
     return LoftqError(

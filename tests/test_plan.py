@@ -63,8 +63,8 @@ def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:
         ({"bits": 2, "bits_for": {"blocks[:50%]": 4}, "quantizer": "uniform"}, "packed", "uniform"),
         ({"bits": 3, "format": "compressed-tensors"}, "compressed-tensors", "uniform-symmetric"),
         ({"bits": 4, "format": "gptq"}, "gptq", "uniform"),
-        ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "packed", "uniform"),
-        ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "packed", "uniform"),
+        ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "packed", "lloyd"),
+        ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "packed", "lloyd"),
     ],
 )
 def test_defaults(tiny_llama: Path, options: dict[str, object], format: str, quantizer: str) -> None:
@@ -211,7 +211,8 @@ def test_packed_stores_two_bits_and_little_more(tiny_llama: Path, options: dict[
         ({"bits": 5}, "`--bits 5`"),
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
         ({"quantizer": "lloyd", "bits_for": {"*.down_proj": 8}}, "lloyd has 2, 3 or 4 bits"),
-        ({"double_quant": True, "bits": 2}, "`--double-quant` quantizes the scales"),
+        ({"double_quant": True, "quantizer": "uniform"}, "`--double-quant` quantizes the scales"),
+        ({"double_quant": True, "bits": 2, "format": "gptq"}, "gptq has no 8-bit scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),
         ({"device": "gpu"}, "`--device gpu`"),
