@@ -7,7 +7,6 @@ is ignored. A finished OUT holds no work folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -24,39 +23,13 @@ from filelock import FileLock, Timeout
 
 from loftq_cli.checkpoint.files import read_json, read_lines, write_file, writing
 from loftq_cli.errors import LoftqError, again
+from loftq_cli.identity import Identity
 
 WORK_FOLDER = ".loftq"
 REPORT_FILE = "loftq_report.json"
 JOURNAL_FILE = "journal.jsonl"
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
 CARD_FILE, CHART_FILE = "README.md", "loftq_errors.svg"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be equal for two runs to give the same bytes."""
-
-    version: str
-    source: str  # fingerprint of the source checkpoint
-    config: dict[str, Any]  # the decided configuration, `device` as its kind
-
-    @property
-    def key(self) -> str:
-        """A hash of it all, to name a cache by; text is known by its tokens."""
-        config = {name: value for name, value in self.config.items() if name != "calibration"}
-        return hashlib.sha256(json.dumps([self.version, self.source, config], sort_keys=True).encode()).hexdigest()
-
-    def differences(self, other: Identity) -> list[str]:
-        """One sentence for each field of `other` (the new run) that differs from this one (what is on disk)."""
-        pairs: dict[str, tuple[Any, Any]] = {
-            "loftq version": (self.version, other.version),
-            "source checkpoint": (self.source, other.source),
-        }
-        derived = {"alpha"} if all(c.get("alpha") == c.get("rank") for c in (self.config, other.config)) else set()
-        for name in sorted({*self.config, *other.config} - {"calibration"} - derived):  # text is known by its tokens
-            shown = "the text of --calibration" if name == "calibration_tokens" else "--" + name.replace("_", "-")
-            pairs[shown] = (self.config.get(name), other.config.get(name))
-        return [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 @dataclass
@@ -244,13 +217,19 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
             yield None
             return
         journal = Journal(work)
+        refused = False
         try:
             yield journal
+        except LoftqError:
+            refused = True
+            raise
         finally:
             journal.close()
             journal.load()
-            if not any(file.written or file.sha256 for file in journal.files.values()):
-                journal.remove()  # stopped before anything was worth keeping
+            # of what was refused on the way, copies alone are not worth keeping
+            anything = not refused and any(file.written or file.sha256 for file in journal.files.values())
+            if journal.path.exists() and not journal.rows and not anything:
+                remove_outputs(out)
     finally:
         if not (work / JOURNAL_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it

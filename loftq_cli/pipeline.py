@@ -28,6 +28,7 @@ from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.device import resolve_device, wait_until_ready, wake
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
+from loftq_cli.identity import Identity
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.journal import (
     ADAPTER_CONFIG,
@@ -35,7 +36,6 @@ from loftq_cli.journal import (
     CHART_FILE,
     REPORT_FILE,
     WORK_FOLDER,
-    Identity,
     Journal,
     check_out,
     claimed,

@@ -33,6 +33,8 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
         )
     from transformers import AutoTokenizer
 
+    if plan.targets.main_input_name != "input_ids":
+        raise _not_text(plan, f"whose input is `{plan.targets.main_input_name}`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.model, revision=checkpoint.revision, trust_remote_code=config.trust_remote_code
@@ -53,13 +55,23 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
     calibration = token_batches(read_texts(config.calibration), tokenizer, config.samples, seqlen, config.seed)
     if len(calibration.tokens) < ranks:
         raise LoftqError(f"{ranks} processes have {len(calibration.tokens)} samples to share", "start fewer of them")
-    words, highest = model.get_input_embeddings().num_embeddings, int(calibration.tokens.max())
-    if highest >= words:
+    try:
+        words = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):  # of several parts, each with its own
+        raise _not_text(plan, "that has no one table of tokens") from None
+    if (highest := int(calibration.tokens.max())) >= words:
         raise LoftqError(
             f"the tokenizer of `{checkpoint.model}` says {highest}, and the model knows {words} tokens",
             "put the tokenizer that it was trained with beside the weights",
         )
     return calibration
+
+
+def _not_text(plan: Plan, why: str) -> LoftqError:
+    return LoftqError(
+        f"`--method {plan.config.method}` runs text through the model, and `{plan.targets.architecture}` is one {why}",
+        WAY_OUT,
+    )
 
 
 def _refuse_unreadable(model: Any, names: dict[str, str], plan: Plan) -> None:

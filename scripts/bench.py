@@ -9,6 +9,7 @@
     python scripts/bench.py calibrate MODEL calibrated methods, MODEL with a few layers: time per block, memory
     python scripts/bench.py perplexity ...  perplexity before any fine-tuning; it has flags of its own, see its --help
     python scripts/bench.py runtime ...     memory, training and decode steps of a packed base beside bitsandbytes
+    python scripts/bench.py families        what the suite says of each family of models
     python scripts/bench.py readme          put the tables of scripts/results/ into README.md
 
 Prints a Markdown table and writes scripts/results/NAME.json (BENCH_RESULTS names another folder), with the machine
@@ -31,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this loftq, not an installed one
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_calibrate
+import bench_families
 import bench_perplexity
 import bench_profile
 import bench_quantize
@@ -73,6 +75,7 @@ COLUMNS = {  # of the printed tables, with their format specifications
     "runtime": bench_runtime.COLUMNS,
     "calibrate": bench_calibrate.COLUMNS,
     "finetune": finetune_results.COLUMNS,  # made by finetune.py
+    "families": bench_families.COLUMNS,
 }  # fmt: skip
 
 
@@ -276,6 +279,8 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == [bench_families.NAME]:
+        sys.exit(bench_families.families())
     if sys.argv[1:2] == [bench_perplexity.NAME]:
         sys.exit(bench_perplexity.main(sys.argv[2:]))
     if sys.argv[1:2] == [bench_runtime.NAME]:

@@ -13,25 +13,27 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from loftq_cli import quantize
-from loftq_cli.config import build_config
+from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
+from tests.test_eval import save_tokenizer
 
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 160,
+    "vocab_size": 300,
 }
 DECODER = {**SIZES, "num_key_value_heads": 2}
 MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 160}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
 WHISPER = {
     "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 160, "num_mel_bins": 16, "max_source_positions": 32,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 300, "num_mel_bins": 16, "max_source_positions": 32,
     "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 IDS = {"input_ids": torch.arange(3, 15)[None]}
@@ -43,8 +45,8 @@ VISION = {
     "patch_size": 16,
 }  # fmt: skip
 DEEPSEEK = {
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
-    "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 64,
+    "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
 CLIP = {
     "text_config": {**SIZES, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
@@ -70,7 +72,7 @@ QWEN2_VL = {
     "image_token_id": 9, "vision_start_token_id": 7, "vision_end_token_id": 8,
 }  # fmt: skip
 WAV2VEC2 = {
-    **SIZES, "conv_dim": (32, 32), "conv_kernel": (8, 4), "conv_stride": (4, 2), "num_feat_extract_layers": 2,
+    **SIZES, "conv_dim": (64, 64), "conv_kernel": (8, 4), "conv_stride": (4, 2), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "layerdrop": 0.0,
     "classifier_proj_size": 32, "mask_time_prob": 0.0,
 }  # fmt: skip
@@ -98,11 +100,11 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "gemma3": (lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**DECODER, head_dim=16)), IDS),
     "phi3, fused": (causal("Phi3", **DECODER, pad_token_id=0), IDS),
     "gpt2, transposed": (
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=160)), IDS,
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300)), IDS,
     ),
     "gpt-neox": (causal("GPTNeoX", **SIZES), IDS),
     "falcon": (causal("Falcon", **SIZES), IDS),
-    "bloom": (causal("Bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=160), IDS),
+    "bloom": (causal("Bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=300), IDS),
     "opt": (causal("OPT", **{**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}), IDS),
     "mixtral": (causal("Mixtral", **DECODER, num_local_experts=4), IDS),
     "qwen3 moe": (causal("Qwen3Moe", **MOE, num_experts=4), IDS),
@@ -194,6 +196,74 @@ def test_the_printed_lines_load_what_the_report_says(family: str, options: dict[
     output = model(**inputs)
     sum(value.float().square().sum() for value in output.values() if isinstance(value, torch.Tensor)).backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+VISUAL = {"qwen3 vl moe": "model.visual.*", "qwen2-vl": "model.visual.*", "llava": "model.vision_tower.*"}
+NOT_CALIBRATED = {  # and what is said of it
+    "bloom": "depends on the text",
+    "whisper": "input_features",
+    "vit": "pixel_values",
+    "clip": "no one table of tokens",
+    "wav2vec2, ctc": "input_values",
+    "wav2vec2, classifier": "input_values",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibrated_or_refused_with_the_reason(
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
+    torch.manual_seed(0)
+    FAMILIES[family][0]().save_pretrained(model)
+    save_tokenizer(model)
+    text.write_text("the quick brown fox jumps over the lazy dog and back again. " * 40)
+    skip = (VISUAL[family],) if family in VISUAL else ()
+    options = {"bits": 3, "rank": 4, "iters": 1, "format": "packed", "skip": skip, "device": "cpu"}
+    calibrated = {**options, "method": "cloq", "calibration": str(text), "samples": 3, "seqlen": 16}
+    if family in NOT_CALIBRATED:
+        with pytest.raises(LoftqError, match=NOT_CALIBRATED[family]) as refused:
+            quantize(model, out, **calibrated)
+        assert "--method loftq" in refused.value.hint
+        assert not out.exists()
+        record_property("calibrated", f"no: {refused.value.message}")
+        return
+    if skip:
+        with pytest.raises(LoftqError, match="does not call its blocks") as refused:
+            quantize(model, tmp_path / "refused", **{**calibrated, "skip": ()})
+        assert "--skip" in refused.value.hint
+        assert family in WITH_EXPERTS or not (tmp_path / "refused").exists()  # experts are made ahead of the blocks
+    report = quantize(model, out, **calibrated)
+    assert verify(out, str(model)).violations == ()
+    reached = [row for row in report["weights"] if "output_error" in row]
+    assert all("expert" in row or row.get("unreached") for row in report["weights"] if row not in reached)
+    plain = [row["output_error_without_adapter"] for row in reached]
+    assert [row["output_error"] <= alone for row, alone in zip(reached, plain, strict=True)].count(False) == 0
+    record_property("calibrated", f"yes, with `--skip '{skip[0]}'`" if skip else "yes")
+
+
+def refusal(model: Path, format: str) -> LoftqError | None:
+    try:
+        plan_quantize(str(model), QuantizeConfig(rank=4, format=format))
+    except LoftqError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_format_holds_it_or_says_why_not(
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]()
+    model.save_pretrained(tmp_path)
+    refusals = {format: refusal(tmp_path, format) for format in FORMATS}
+    for format, refused in refusals.items():
+        assert refused is None or (f"--format {format}" in refused.message and "`--format packed`" in refused.hint)
+    holding = [format for format, refused in refusals.items() if refused is None]
+    assert {"packed", "dense"} <= set(holding)
+    record_property("class", type(model).__name__)
+    record_property("formats at 4 bits", ", ".join(holding))
 
 
 def test_a_known_model_that_cannot_be_built_is_refused_not_guessed(tiny_llama: Path, tmp_path: Path) -> None:

@@ -240,10 +240,7 @@ class BlockStream:
             for stand_in in replays:
                 stand_in.replay = None
         if not caught:
-            raise LoftqError(
-                f"the model does not call its blocks `{stack.path}` for text",
-                f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
-            )
+            raise _not_called(stack)
         return caught[0]
 
     def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -254,21 +251,25 @@ class BlockStream:
         """The stacks as the model calls them: an encoder before the decoder that attends to it.
 
         Raises:
-            LoftqError: a block is called more than once, as ALBERT does: it has no input of its own.
+            LoftqError: a block is called more than once, as ALBERT does: it has no input of its own; or not at all.
         """
-        calls: list[StandIn] = []
+        calls, ended = list[StandIn](), False
         stand_ins = {stand_in: stack for stack in stacks for stand_in in stack.stand_ins}
         for stand_in in stand_ins:
             stand_in.catch = lambda _, stand_in=stand_in: calls.append(stand_in)
         with suppress(Exception), torch.no_grad():  # what a block returns is not known yet, and there may be no head
             self._model(**self._inputs(self.tokens[:1]))
+            ended = True
         for stand_in in stand_ins:
             stand_in.catch = None
         if len(set(calls)) < len(calls):
             repeated = next(stand_in for stand_in in calls if calls.count(stand_in) > 1)
             raise LoftqError(f"the blocks `{stand_ins[repeated].path}` are called more than once each", WAY_OUT)
         called = list(dict.fromkeys(stand_ins[stand_in] for stand_in in calls))
-        return called + [stack for stack in stacks if stack not in called]
+        left = [stack for stack in stacks if stack not in called]
+        if ended and left:
+            raise _not_called(left[0])
+        return called + left
 
     def _find(self, key: str) -> TensorInfo:
         """Where the parameter called `key` is; KeyError where it is in no file."""
@@ -280,6 +281,13 @@ class BlockStream:
         info = self._find(key)
         stored = read_tensor(self._checkpoint.path(info.file), info)
         return stored.T.contiguous() if info.name in self._transposed else stored
+
+
+def _not_called(stack: Stack) -> LoftqError:
+    return LoftqError(
+        f"the model does not call its blocks `{stack.path}` for text",
+        f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
+    )
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
