@@ -7,7 +7,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from loftq_cli.jobs import BLOCK
-from loftq_cli.report import error_columns, pooled_errors
+from loftq_cli.report import block_order, error_columns, pooled_errors
 
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 40, 34  # margins
@@ -25,11 +25,12 @@ def error_chart(report: Mapping[str, Any]) -> str:
     for row in report["weights"]:
         block = BLOCK.match(row["name"])
         groups.setdefault(block[0] if block else row["name"], []).append(row)
+    names = sorted(groups, key=block_order)
     fields = [field for _, field in heads]
-    values = [[error or 0.0 for error in pooled_errors(rows, fields)] for rows in groups.values()]
+    values = [[error or 0.0 for error in pooled_errors(groups[name], fields)] for name in names]
     of = "weights" if "output" not in fields[0] else "outputs"
     title = f"Relative error of {of} by block"
-    return _svg(title, [head for head, _ in heads], list(groups), values)
+    return _svg(title, [head for head, _ in heads], names, values)
 
 
 def _svg(title: str, heads: Sequence[str], names: Sequence[str], values: Sequence[Sequence[float]]) -> str:

@@ -12,7 +12,7 @@ from rich.filesize import decimal as size
 
 from loftq_cli.config import CALIBRATED
 from loftq_cli.jobs import BLOCK
-from loftq_cli.report import error_columns, in_figures, layer_groups, pooled_errors, skip_counts, trained
+from loftq_cli.report import block_order, error_columns, in_figures, layer_groups, pooled_errors, skip_counts, trained
 
 Rows = Sequence[Mapping[str, Any]]
 Cell = tuple[float | None, str, str]  # how dark from 0 to 1, what it says, what it says when pointed at
@@ -70,14 +70,8 @@ def _places(rows: Rows) -> tuple[list[str], list[str], dict[tuple[str, str], lis
         line = block[0] if block else ""
         column = re.sub(r"\.\d+(?=\.|$)", ".*", row["name"][len(line) :].lstrip("."))  # experts share theirs
         places.setdefault((line, column), []).append(row)
-    lines = sorted({line for line, _ in places}, key=lambda line: (line == "", *_number(line)))
+    lines = sorted({line for line, _ in places}, key=block_order)
     return lines, list(dict.fromkeys(column for _, column in places)), places
-
-
-def _number(line: str) -> tuple[str, int]:
-    """The list of blocks, and which of them."""
-    name, _, number = line.rpartition(".")
-    return name, int(number or 0)
 
 
 def _errors(rows: Rows, field: str) -> Callable[[Rows], Cell]:

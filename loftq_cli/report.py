@@ -248,6 +248,12 @@ def _widths(counts: Mapping[int, int]) -> str:
     return ", ".join(f"{bits} ({count})" for bits, count in sorted(counts.items()))
 
 
+def block_order(path: str) -> tuple[bool, str, int]:
+    """To sort paths of blocks by their numbers, and what is in none behind them."""
+    name, _, number = path.rpartition(".")
+    return (False, name, int(number)) if number.isdigit() else (True, path, 0)
+
+
 def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, str]]:
     """`(reason, how many, first name)` of skipped tensors, most frequent first."""
     first: dict[str, str] = {}

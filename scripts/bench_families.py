@@ -1,6 +1,6 @@
 """`bench.py families`: what the suite says of each family of models, as a table.
 
-Tiny random models of each kind are quantized, loaded by the printed lines, trained and verified, calibrated, and planned
+Tiny random models of each kind are quantized, loaded by the printed lines, trained, verified, calibrated, and planned
 in every format: see tests/test_families.py, whose outcome this is.
 """
 

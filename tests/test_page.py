@@ -39,17 +39,22 @@ LOOK = """<script>addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     model = save_llama(folder / "a <b> & c", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96)
     out = folder / "out"
     quantize(model, out, bits=2, rank=4, iters=1, format="packed", bits_for={"*.3.mlp.*": 4}, device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict[str, Any]:
     return json.loads((out / "loftq_report.json").read_text())
 
 
-def browse(folder: Path, html: str, click: int) -> dict[str, Any]:
+def browse(folder: Path, html: str, look: str) -> dict[str, Any]:
     file = folder / "page.html"
-    file.write_text(html + LOOK.replace("CLICK", str(click)), encoding="utf-8")
+    file.write_text(html + look, encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--virtual-time-budget=2000"]
     assert CHROMIUM is not None
     command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()]
@@ -79,7 +84,7 @@ def test_a_plan_has_bits_and_no_errors(tiny_llama: Path) -> None:
 
 @needs_chromium
 def test_a_browser_shows_the_map(report: dict[str, Any], tmp_path: Path) -> None:
-    seen = browse(tmp_path, page(report), click=2)
+    seen = browse(tmp_path, page(report), LOOK.replace("CLICK", "2"))
     assert seen["shown"] == [False, True, False, False]  # with the adapter; beside it: without, bits, parameters
     assert seen["then"] == [False, False, True, False]  # bits, after a click
     assert [line[0]["text"] for line in seen["lines"]] == [f"model.layers.{n}" for n in range(LAYERS)]
@@ -100,6 +105,39 @@ def test_a_browser_shows_the_map(report: dict[str, Any], tmp_path: Path) -> None
 @needs_chromium
 def test_a_browser_shows_a_plan(tiny_llama: Path, tmp_path: Path) -> None:
     html = page(plan_summary(plan_quantize(str(tiny_llama), QuantizeConfig(bits=2, rank=4))))
-    seen = browse(tmp_path, html, click=1)
+    seen = browse(tmp_path, html, LOOK.replace("CLICK", "1"))
     assert (seen["shown"], seen["then"]) == ([True, False], [False, True])
     assert {cell["text"] for line in seen["lines"] for cell in line[1:]} == {"2"}
+
+
+LOOK_AT_CARD = """<script>addEventListener("load", () => {
+  const image = document.querySelector("img")
+  document.title = JSON.stringify({
+    chart: [image.naturalWidth, image.naturalHeight, image.alt],
+    headings: [...document.querySelectorAll("h1, h2")].map(h => h.innerText),
+    rows: [...document.querySelectorAll("table:first-of-type tbody tr")].map(tr => tr.innerText.split("\\t")),
+    code: [...document.querySelectorAll("pre code")].map(code => code.innerText),
+    stray: document.body.innerText.match(/\\*\\*|^#|\\]\\(/m)})
+})</script>"""
+
+
+@needs_chromium
+def test_a_browser_shows_the_card_and_its_chart(out: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    """As the Hub does: the front matter apart, the rest as GitHub's Markdown, the chart beside it."""
+    from markdown_it import MarkdownIt
+
+    _, matter, body = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert "library_name" in matter
+    html = MarkdownIt("commonmark").enable("table").render(body)
+    shutil.copy(out / "loftq_errors.svg", tmp_path)
+    seen = browse(tmp_path, f"<!doctype html><title></title><body>{html}</body>", LOOK_AT_CARD)
+    assert seen["chart"][0] > 300
+    assert seen["chart"][2]
+    assert seen["stray"] is None
+    assert "2-bit base with a LoRA adapter" in seen["headings"][0]
+    assert any("from_pretrained(" in code for code in seen["code"])
+    errors = {cell for row in seen["rows"] for cell in row}
+    assert f"{report['totals']['relative_error']:.4f}" in errors
+    svg = (out / "loftq_errors.svg").read_text()
+    drawn = re.findall(r"<title>model\.layers\.(\d+):", svg)
+    assert drawn == [str(number) for number in range(LAYERS)]
