@@ -1,10 +1,11 @@
-"""The one output sink: results on stdout, everything else on stderr; bars only on a terminal."""
+"""The one output sink: results on stdout, everything else on stderr; bars on a terminal, and in logs lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,18 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from loftq_cli.errors import Interrupted, LoftqError
 
+LINE_SECONDS = 30  # between lines of progress in a log
 TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
 
 
@@ -93,25 +97,40 @@ class Out:
 
     @contextmanager
     def progress(self, label: str, total_bytes: int, *, rate: bool = True) -> Iterator[Callable[[str, int], None]]:
-        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Only on a terminal.
+        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Without a terminal, a line now and then.
 
         Without `rate` it does not say how many: where they are passed several times, or take unequal times.
         """
         columns = (
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-            *((DownloadColumn(), TransferSpeedColumn()) if rate else ()), TimeRemainingColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if rate else ()), _Remaining(),
             TextColumn("{task.fields[module]}", style="dim", markup=False),
         )  # fmt: skip
         hidden = self.quiet or not sys.stderr.isatty()
         with Progress(*columns, console=self.stderr, transient=True, disable=hidden) as bar:
             task = bar.add_task(label, total=total_bytes, module="")
+            done, told = 0, time.monotonic()
 
             def advance(name: str, size: int) -> None:
+                nonlocal done, told
+                done += size
                 bar.update(task, advance=size, module="".join(c for c in name if c.isprintable()))
-                if self.verbose and hidden and not self.quiet:
+                if not hidden:
+                    return
+                if self.verbose:
                     self.note(f"{label} {name}")
+                elif time.monotonic() - told >= LINE_SECONDS:  # for logs, which are to show that there is life
+                    told = time.monotonic()
+                    self.note(f"{label}: {done / max(total_bytes, 1):.0%}, {name}")
 
             yield advance
+
+
+class _Remaining(TimeRemainingColumn):
+    """The time left, once there is something to tell it by."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.percentage >= 5 else Text("")
 
 
 @contextmanager

@@ -143,6 +143,19 @@ def test_names_in_a_checkpoint_cannot_speak_to_the_terminal() -> None:
     assert "[/red][bold]d" in stream.getvalue()
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_log_shows_that_there_is_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool
+) -> None:
+    from loftq_cli import console
+
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    with console.Out(quiet=quiet).progress("quantizing", 200) as advance:
+        advance("a.b", 50)
+        advance("c.d", 100)
+    assert capsys.readouterr().err == ("" if quiet else "quantizing: 25%, a.b\nquantizing: 75%, c.d\n")
+
+
 def test_version() -> None:
     assert loftq("--version").stdout == f"loftq {__version__}\n"
 
