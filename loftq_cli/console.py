@@ -97,7 +97,7 @@ class Out:
 
     @contextmanager
     def progress(self, label: str, total_bytes: int, *, rate: bool = True) -> Iterator[Callable[[str, int], None]]:
-        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. Without a terminal, a line now and then.
+        """A bar that advances by bytes of weights; yields `advance(name, bytes)`. In logs, a line now and then.
 
         Without `rate` it does not say how many: where they are passed several times, or take unequal times.
         """
