@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec
+from loftq_cli.errors import LoftqError
+
+if TYPE_CHECKING:
+    from loftq_cli.targets import Targets
 
 # What the wrappers of peft 0.21 pass beside input_ids, attention_mask and outputs wanted (`peft_model.py`)
 PASSED = {
@@ -91,3 +95,23 @@ def head_layout(checkpoint: Checkpoint, tensors: Mapping[str, str]) -> tuple[Ten
 def adapter_name(key: str) -> str:
     """The name in adapter_model.safetensors of a key of the model's state dict."""
     return f"base_model.model.{key}"
+
+
+def with_output_head(targets: Targets, model: str) -> Targets:
+    """`targets` with the output head among the linears.
+
+    Raises:
+        LoftqError: there is none of its own.
+    """
+    if targets.output_head is None:
+        raise LoftqError(
+            f"`--quantize-head`: `{model}` has no output head of its own (as where it is tied to the embeddings)",
+            "leave it out",
+        )
+    tensor, module = targets.output_head
+    return replace(
+        targets,
+        linears={**targets.linears, tensor: module},
+        skipped={name: why for name, why in targets.skipped.items() if name != tensor},
+        skipped_linears=tuple(name for name in targets.skipped_linears if name != module),
+    )

@@ -80,6 +80,14 @@ AdapterDtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16. \\[default: float32]", rich_help_panel=ADAPTER),
 ]
+QuantizeHead = Annotated[
+    bool | None,
+    typer.Option(
+        "--quantize-head/--no-quantize-head",
+        help="Quantize the output head, too, where it is not tied (formats packed and dense). \\[default: off]",
+        rich_help_panel=QUANTIZATION,
+    ),
+]
 ExpertsAdapter = Annotated[
     bool | None,
     typer.Option(

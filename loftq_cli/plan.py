@@ -19,7 +19,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
 from loftq_cli.formats.peft_adapter import StackedFactors
-from loftq_cli.heads import head_layout
+from loftq_cli.heads import head_layout, with_output_head
 from loftq_cli.jobs import (
     BLOCK,
     WeightBatch,
@@ -206,6 +206,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     Raises:
         LoftqError: something in this model does not fit the options; names the tensors and the way out.
     """
+    if config.quantize_head:
+        targets = with_output_head(targets, checkpoint.model)
     linears, skipped, skipped_linears = choose_linears(targets, config)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))

@@ -59,6 +59,7 @@ class Targets:
         has_fused_experts: some modules hold the weights of several experts in one parameter.
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
         head: the task type for PEFT, and what it makes of the model's head.
+        output_head: tensor and module of a head that is tied to nothing, and a linear layer; it is among the skipped.
         note: what the user must know about how the layers were found, or None.
     """
 
@@ -75,6 +76,7 @@ class Targets:
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     experts: dict[str, ExpertSlot] = field(default_factory=dict)
+    output_head: tuple[str, str] | None = None
     note: str | None = None
 
     @property
@@ -141,6 +143,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
 
     linears: dict[str, str] = {}
     skipped: dict[str, str] = {}
+    output_head = None
     for info in checkpoint.tensors.values():
         if info.name in wholes:
             names = [info.name] if info.name in experts else [f"{info.name}[{i}]" for i in range(info.shape[0])]
@@ -162,6 +165,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = _kind(module)
         elif module is head:
             skipped[info.name] = "output head"
+            output_head = (info.name, name) if f"{name}.weight" not in tied and info.dtype in FLOATS else None
         elif f"{name}.weight" in tied:
             skipped[info.name] = "tied to another weight"
         elif inside is not None and id(module) not in inside:
@@ -207,6 +211,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         )
         | {tensor for tensor, slot in experts.items() if slot.transposed},
         experts=experts,
+        output_head=output_head,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.pipeline import plan_quantize
-from loftq_cli.plan import Plan
+from loftq_cli.plan import ADAPTER_FILE, Plan
 from tests.conftest import save_llama
+
+LORA_B = "base_model.model.lm_head.lora_B.weight"
 
 
 def plan(model: Path, **options: object) -> Plan:
@@ -36,6 +39,41 @@ def test_linears_are_found_and_the_rest_is_skipped_with_reasons(tiny_llama: Path
     assert (found.targets.architecture, found.targets.auto_class, found.targets.head.task_type) == (
         "LlamaForCausalLM", "AutoModelForCausalLM", "CAUSAL_LM",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_an_output_head_is_quantized_on_request(tiny_llama: Path, tmp_path: Path, format: str) -> None:
+    from loftq_cli import quantize
+    from loftq_cli.merge import merge
+    from loftq_cli.report import load_lines
+    from loftq_cli.verify import verify
+
+    report = quantize(tiny_llama, tmp_path / "out", bits=4, rank=4, format=format, quantize_head=True, device="cpu")
+    row = next(row for row in report["weights"] if row["name"] == "lm_head")
+    assert row["relative_error"] < row["relative_error_without_adapter"]
+    assert verify(tmp_path / "out", str(tiny_llama)).violations == ()
+    names: dict[str, Any] = {}
+    exec("\n".join(load_lines(report, str(tmp_path / "out"))), names)
+    head = names["model"].base_model.model.lm_head
+    assert torch.equal(head.lora_B["default"].weight, load_file(tmp_path / "out" / ADAPTER_FILE)[LORA_B])
+    source = load_file(tiny_llama / "model.safetensors")["lm_head.weight"].double()
+    merged = head.base_layer.weight.double() + head.get_delta_weight("default").double()
+    assert ((source - merged).norm() / source.norm()).item() == pytest.approx(row["relative_error"], rel=1e-3)
+    merge(tmp_path / "out", tmp_path / "merged")
+    plain = load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"].double()
+    assert (plain - merged).norm() <= 1e-6 * merged.norm()
+
+
+def test_a_head_that_cannot_be_quantized(tiny_llama: Path, tmp_path: Path) -> None:
+    tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(LoftqError, match="no output head of its own"):
+        plan(tied, rank=4, quantize_head=True)
+    for format in ("bnb", "gptq", "compressed-tensors"):
+        with pytest.raises(LoftqError, match=f"`--format {format}` cannot hold this"):
+            plan(tiny_llama, rank=4, quantize_head=True, format=format)
+    with pytest.raises(ConfigError, match="--quantize-head"):
+        plan(tiny_llama, rank=4, quantize_head=True, method="cloq")
+    assert plan(tiny_llama, rank=4, bits=2, quantize_head=True).config.format == "packed"
 
 
 def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:

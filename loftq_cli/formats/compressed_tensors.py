@@ -37,6 +37,8 @@ def why_not(plan: Plan) -> str | None:
     With `dequantize` it applies the first scheme of the config to every layer: a second bit width loads as garbage, and
     silently so if the first is the smaller. And it drops what is not packed from the experts that it fuses.
     """
+    if plan.config.quantize_head:
+        return "output heads are quantized in `packed` and `dense`"
     if plan.targets.has_fused_experts and (problem := _why_not_experts(plan)):
         return problem
     first = plan.jobs[0]

@@ -45,6 +45,8 @@ BLOCK_PATHS = (
 
 def why_not(plan: Plan) -> str | None:
     """Refuse what optimum and GPTQModel would not load, or would load as something else."""
+    if plan.config.quantize_head:
+        return "output heads are quantized in `packed` and `dense`"
     return _why_not_model(plan) or _why_not_jobs(plan)
 
 
