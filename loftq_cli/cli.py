@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +67,20 @@ def _version(
     if version:
         typer.echo(f"loftq {__version__}")
         raise typer.Exit
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM, with which schedulers end a job, for Ctrl-C: it, too, gets to say how to go on."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 @app.command(epilog="Options can also stand in a YAML file (--config), one `option: value` a line; flags win.")
@@ -156,6 +172,7 @@ def quantize(
         before = (out / "loftq_report.json").exists()
         try:
             with (
+                _terminable(),
                 joined() as ranks,
                 output.progress(*show.bar(plan, ranks.size), rate=not plan.is_calibrated) as advance,
             ):

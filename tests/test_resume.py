@@ -312,7 +312,10 @@ def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path) -> None:
     assert set(refusals) == {f"another run is writing to `{out}`"}
 
 
-def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(sharded_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_work_and_says_how_to_go_on(
+    sharded_llama: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "loftq_cli", "quantize", "--bits=2", "--rank=4", "--iters=3000", "--group-size=32"]
     command += ["--format=dense", str(sharded_llama), str(out)]
@@ -321,7 +324,7 @@ def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(sharded_llama: Path, tmp_pa
     while time.monotonic() < deadline and process.poll() is None:
         if (out / ".loftq" / "journal.jsonl").exists():
             time.sleep(3.0)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
         time.sleep(0.05)
     stdout, stderr = process.communicate(timeout=60)
