@@ -6,7 +6,7 @@ Loaders refuse a tensor of another shape, and give a weight that no file holds r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from loftq_cli.errors import LoftqError
 HINT = "config.json and the weights come from different saves: download or copy all of them again"
 
 
-def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, str], may_convert: bool) -> None:
-    """Refuse tensors of other shapes than the model's, and linear layers of its blocks that no file holds.
+def refuse_disagreement(
+    checkpoint: Checkpoint, model: Any, keys: Mapping[str, str], may_convert: bool, made: Set[str]
+) -> None:
+    """Refuse tensors of other shapes than the model's, and parameters of its body that no file holds.
 
     Args:
         checkpoint: its headers.
@@ -26,6 +28,7 @@ def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, s
         keys: tensor name → key of the state dict.
         may_convert: other tensors are fused or split on loading, so a kind of layer that is in no file may come from
             these.
+        made: keys of the state dict that any tensor becomes, or becomes a part of.
 
     Raises:
         LoftqError: names the tensor.
@@ -49,7 +52,15 @@ def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, s
             continue
         if (may_convert and _kind(key) not in kinds) or any(re.search(pattern, key) for pattern in ignored):
             continue
-        raise LoftqError(f"`{key}` is in none of the files, so that loaders would give it random values", HINT)
+        raise _absent(key)
+    body = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
+    for key, _ in model.named_parameters():  # of a head, which may be new, nothing is asked
+        if key.startswith(body) and not (key in made or key in tied or any(re.search(p, key) for p in ignored)):
+            raise _absent(key)
+
+
+def _absent(key: str) -> LoftqError:
+    return LoftqError(f"`{key}` is in none of the files, so that loaders would give it random values", HINT)
 
 
 def _kind(key: str) -> str:

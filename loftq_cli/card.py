@@ -139,7 +139,7 @@ def _front_matter(readme: str) -> dict[str, Any]:
     """The YAML at the top of a card; what cannot be read of it is none."""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
     try:
-        values = yaml.safe_load(found[1]) if found else {}
+        values = yaml.load(found[1], yaml.BaseLoader) if found else {}
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 
-def choose_format(build: Callable[..., Plan]) -> tuple[Plan, str]:
-    """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why."""
+def choose_format(build: Callable[..., Plan], uneven: str | None) -> tuple[Plan, str]:
+    """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why.
+
+    `uneven` is what all but `packed` and `dense` have against groups that do not divide a weight.
+    """
     refusals: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
         plan = build(name)
-        problem = plan.format.why_not(plan)
+        problem = plan.format.why_not(plan) or (uneven if name not in ("packed", "dense") else None)
         if problem is None:
             why = "; ".join(f"not `{other}`: {reason}" for other, reason in refusals)
             return plan, f"format `{name}`" + (f" ({why})" if why else " (first choice for these options)")

@@ -268,19 +268,15 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
         )
 
 
-def refuse_ragged_groups(jobs: tuple[WeightJob, ...]) -> None:
-    """Refuse a group size that leaves a short last group, which only `packed` and `dense` can hold.
-
-    Raises:
-        LoftqError: with the sizes that divide every weight.
-    """
+def ragged_groups(jobs: tuple[WeightJob, ...]) -> LoftqError | None:
+    """What is wrong with a group size that leaves a short last group, which only `packed` and `dense` can hold."""
     ragged = [job for job in jobs if job.quantizer != "nf" and job.group_size > 0 and job.shape[1] % job.group_size]
     if not ragged:
-        return
+        return None
     common = math.gcd(*(job.shape[1] for job in jobs))
     fitting = [str(size) for size in (256, 128, 96, 64, 48, 32, 16, 8) if common % size == 0]
     ways = f"sizes that divide every weight: {', '.join([*fitting, '-1 (a whole row)'])}"
-    raise LoftqError(
+    return LoftqError(
         f"`--group-size {ragged[0].group_size}` does not divide in_features {ragged[0].shape[1]} of {_name(ragged)}",
         f"{ways}; or `--skip` these, or `--format packed`, where a last group may be short",
     )

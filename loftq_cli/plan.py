@@ -28,9 +28,9 @@ from loftq_cli.jobs import (
     choose_linears,
     make_batches,
     make_jobs,
+    ragged_groups,
     reasons,
     refuse_misfits,
-    refuse_ragged_groups,
 )
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
@@ -243,13 +243,12 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
         )
 
     if config.format == "auto":
-        refuse_ragged_groups(jobs)
-        plan, why = choose_format(build)
+        plan, why = choose_format(build, ragged.message if (ragged := ragged_groups(jobs)) else None)
         notes.append(why)
     else:
         plan = build(config.format)
-        if config.format not in ("packed", "dense"):
-            refuse_ragged_groups(jobs)
+        if config.format not in ("packed", "dense") and (error := ragged_groups(jobs)):
+            raise error
         if problem := plan.format.why_not(plan):
             raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", other_formats(build))
     return _with_shards(plan, tuple(notes))

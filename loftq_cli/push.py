@@ -170,7 +170,7 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     source, config = dict(report["source"]), dict(report["config"])
     if source["revision"] is None:
         source["model"] = Path(source["model"]).name
-    if config["calibration"] is not None and Path(config["calibration"]).is_absolute():
+    if config["calibration"] is not None and Path(config["calibration"]).suffix:  # a file, not a data set
         config["calibration"] = Path(config["calibration"]).name
     return {
         ADAPTER_CONFIG: _json_bytes(adapter),

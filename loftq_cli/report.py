@@ -286,4 +286,6 @@ def import_loader(report: Mapping[str, Any]) -> None:
 
 def install_line(report: Mapping[str, Any]) -> str:
     """What must be installed to load."""
-    return shlex.join(["pip", "install", "transformers", "peft", *report["load"]["requirements"]])
+    # earlier ones take experts' parameters for transposed
+    peft = "peft>=0.19.1" if report["adapter_config"].get("target_parameters") else "peft"
+    return shlex.join(["pip", "install", "transformers", peft, *report["load"]["requirements"]])

@@ -20,6 +20,11 @@ def refuse_eviction(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
     """Refuse `--evict` where nothing is downloaded, and deleting would delete what the user has."""
     if config.evict and checkpoint.is_local:
         raise ConfigError(f"`--evict` is for Hub ids, but `{checkpoint.model}` is already here", "leave it out")
+    if config.evict and (checkpoint.stored_in or any(info.decoder for info in checkpoint.tensors.values())):
+        raise ConfigError(
+            f"`--evict` is for safetensors that are read once, not for pickles and fp8, as in `{checkpoint.model}`",
+            "leave it out",
+        )
 
 
 def refuse_sharing(config: QuantizeConfig, ranks: int) -> None:

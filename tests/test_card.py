@@ -24,7 +24,7 @@ FULL = """---
 license: other
 license_name: tiny-licence
 license_link: LICENSE
-language: [en, de]
+language: [en, no]
 pipeline_tag: text-generation
 model-index: []
 datasets: [secret]
@@ -54,7 +54,7 @@ def test_the_front_matter_carries_what_the_source_says(out: Path) -> None:
     told = matter((out / "README.md").read_text())
     assert told["license"] == "other"
     assert (told["license_name"], told["license_link"]) == ("tiny-licence", "LICENSE")
-    assert told["language"] == ["en", "de"]
+    assert told["language"] == ["en", "no"]  # which YAML 1.1 takes for false
     assert told["pipeline_tag"] == "text-generation"
     assert told["library_name"] == "transformers"
     assert {"loftq", "peft", "2-bit"} <= set(told["tags"])

@@ -100,17 +100,21 @@ def test_side_files(tmp_path: Path) -> None:
     copied = [
         *("LICENSE", "NOTICE.txt", "USE_POLICY.md", "generation_config.json", "preprocessor_config.json"),
         *("added_tokens.json", "merges.txt", "source.spm", "special_tokens_map.json", "tokenizer.json"),
-        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "chat_template.jinja", "modeling_x.py"),
+        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "chat_template.jinja"),
     ]
     left = [
         *("README.md", ".gitattributes", "training_args.bin"),
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.bin", "flax_model.msgpack", "optimizer.pt"),
         *("model.onnx", "tf_model.h5", "x.gguf", "rust_model.ot", "consolidated.00.pth"),
+        *("hf_token.txt", "customers.json", "trainer_state.json", "train.py"),  # which a push would make public
     ]
     folder = make(tmp_path, SHARDS, **dict.fromkeys(copied + left, "{}"))
     (folder / "original").mkdir()
     (folder / "original" / "params.json").write_text("{}")
     assert open_checkpoint(str(folder)).side_files == tuple(sorted(copied))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "train.Model"}}))
+    assert open_checkpoint(str(folder)).side_files == tuple(sorted([*copied, "train.py"]))
 
 
 def test_fingerprint_follows_config_headers_and_sizes_only(tmp_path: Path) -> None:

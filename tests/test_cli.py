@@ -98,7 +98,7 @@ def test_dry_run_writes_nothing_and_needs_headers_only(sharded_llama: Path, tmp_
         (["--no-such-flag"], 2, "No such option"),
         (["--config=absent.yaml"], 2, "`absent.yaml`"),
         (["--rank=4000"], 1, "--rank 64"),
-        (["--bits=2", "--group-size=100"], 1, "does not divide"),
+        (["--bits=2", "--group-size=100", "--format=gptq"], 1, "does not divide"),
         (["--skip=nothing"], 1, "matches no linear layer"),
     ],
 )

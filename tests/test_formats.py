@@ -139,7 +139,9 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
         targets=SimpleNamespace(
             **TARGETS, head=Head("CAUSAL_LM"), module_names=tuple(name for name, _ in model.named_modules())
         ),
-        config=SimpleNamespace(rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant),
+        config=SimpleNamespace(
+            rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant, quantize_head=False
+        ),
         block_paths=("model.layers",),
     )
 
@@ -485,7 +487,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "skipped_linears": ("lm_head",),
         "targets": SimpleNamespace(**{name: overrides.pop(name, value) for name, value in TARGETS.items()}),
         "block_paths": tuple(paths),
-        "config": SimpleNamespace(double_quant=False),
+        "config": SimpleNamespace(double_quant=False, quantize_head=False),
     }
     return SimpleNamespace(**{**fields, **overrides})
 

@@ -598,3 +598,22 @@ def test_shapes_and_layers_that_are_not_the_models_are_refused_before_any_work(
             quantize(spoiled(change), tmp_path / "out", **DENSE)
         assert "different saves" in str(caught.value.hint)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.block_sparse_moe.experts", "gate.weight"]
+)
+def test_parameters_that_no_file_holds_are_refused(tmp_path: Path, lost: str) -> None:
+    """Else what is loaded has random ones there, of which `verify` knows nothing."""
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=2,
+    )  # fmt: skip
+    tf.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if lost not in name}
+    assert len(left) < len(tensors)
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoftqError, match="in none of the files"):
+        plan_quantize(str(tmp_path), build_config({"rank": 4}))

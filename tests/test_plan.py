@@ -199,7 +199,7 @@ def test_bits_per_weight_counts_scales_zero_points_and_indices(tiny_llama: Path)
             "64",
         ),
         (
-            {"rank": 4, "bits": 2, "group_size": 96},
+            {"rank": 4, "bits": 2, "group_size": 96, "format": "gptq"},
             r"`--group-size 96` does not divide in_features 256.*13 more",
             "128, 64",
         ),

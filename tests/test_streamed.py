@@ -244,3 +244,21 @@ def test_the_shards_that_pass_through_need_room_too(tiny_llama: Path, monkeypatc
     assert largest * KEPT > 1 << 20
     with pytest.raises(LoftqError, match="are free on its disk"):
         check_disk(replace(plan, config=plan.config.model_copy(update={"evict": True})), Path("/nowhere"))
+
+
+def test_a_relative_folder_is_emptied_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("out") / "source"
+
+    class Commit:
+        revision, sizes = "main", {"a.safetensors": 1, "b.safetensors": 1}
+
+        def download(self, file: str, folder: Path) -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(b"x")
+            return (folder / file).resolve()  # as hf_hub_download does
+
+    place = Streamed(Commit(), ["a.safetensors", "b.safetensors"], folder)  # type: ignore[arg-type]
+    assert place.path("a.safetensors").exists()
+    place.release("a.safetensors")
+    assert not (folder / "a.safetensors").exists()

@@ -20,8 +20,10 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 REPORT = "loftq_report.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 SIDE_FILES = (
-    *("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.txt"),
-    *("*.json", "*.jinja", "*.py"),
+    # by name, for whatever else lies in a folder would be pushed, too
+    *("tokenizer*", "vocab*", "merges*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "normalizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*", "*.jinja"),
+    *("*processor_config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("license*", "licence*", "notice*", "copying*", "use_policy*"),
 )
 NOT_SIDE_FILES = (
@@ -155,9 +157,10 @@ def refuse_quantized(model: str, revision: str | None, config: Mapping[str, Any]
         raise LoftqError(f"`{model}` is already quantized, by {by}", hint)
 
 
-def choose_side_files(names: Iterable[str]) -> tuple[str, ...]:
-    """The files to copy as they are: tokenizer, chat template, generation config, licence, code."""
-    return tuple(name for name in sorted(names) if _like(name, SIDE_FILES) and not _like(name, NOT_SIDE_FILES))
+def choose_side_files(names: Iterable[str], has_code: bool) -> tuple[str, ...]:
+    """The files to copy as they are: tokenizer, chat template, generation config, licence; code."""
+    wanted = (*SIDE_FILES, *(("*.py",) if has_code else ()))
+    return tuple(name for name in sorted(names) if _like(name, wanted) and not _like(name, NOT_SIDE_FILES))
 
 
 def _like(name: str, patterns: Iterable[str]) -> bool:

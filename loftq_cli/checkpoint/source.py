@@ -122,7 +122,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         headers = dict(zip(files, pool.map(header, files), strict=True))
     if index is not None:
         check_index(index, headers)
-    side_files = choose_side_files(place.sizes)
+    side_files = choose_side_files(place.sizes, "auto_map" in config)
     if isinstance(place, Folder):
         for name in side_files:
             place.path(name)  # a link out of the folder is refused now, not after hours of work

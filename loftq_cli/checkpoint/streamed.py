@@ -28,6 +28,7 @@ class Streamed:
 
     def __init__(self, commit: HubCommit, files: Sequence[str], folder: Path | None) -> None:
         self.revision, self.sizes = commit.revision, commit.sizes
+        folder = folder and folder.resolve()  # as the Hub's client returns paths in it
         self._commit, self._files, self._folder = commit, list(files), folder
         self._fetched: dict[str, Future[Path]] = {}
         self._lock = threading.Lock()
