@@ -79,11 +79,21 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         hint = "; `--trust-remote-code` would run the checkpoint's own code" if "auto_map" in source else ""
         raise UnknownModelError(f"transformers does not know model_type `{source.get('model_type')}`{hint}")
     config = CONFIG_MAPPING[source["model_type"]].from_dict(dict(source))
-    architecture = (source.get("architectures") or ["?"])[0]
+    named = source.get("architectures")
+    # where nothing is named, as for DeBERTa v3, the body: whatever head a file holds is copied
+    architecture = named[0] if named else _body(source["model_type"])
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise LookupError(f"it has no class `{architecture}`, which config.json names under `architectures`")
     return model_class(config)
+
+
+def _body(model_type: str) -> str:
+    """The class that `AutoModel` has for it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    found = MODEL_MAPPING_NAMES.get(model_type, "?")
+    return found if isinstance(found, str) else found[0]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,24 @@ def test_each_format_holds_it_or_says_why_not(
     assert {"packed", "dense"} <= set(holding)
     record_property("class", type(model).__name__)
     record_property("formats at 4 bits", ", ".join(holding))
+
+
+def test_a_config_that_names_no_class_is_that_of_the_body(tmp_path: Path) -> None:
+    """As those of DeBERTa v3 on the Hub, whose files hold the head of their pretraining, too."""
+    torch.manual_seed(0)
+    tf.DebertaV2ForMaskedLM(tf.DebertaV2Config(**SIZES)).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    report = quantize(tmp_path / "model", tmp_path / "out", bits=2, rank=4, iters=1, device="cpu")
+    assert len(report["weights"]) == 12
+    assert verify(tmp_path / "out", str(tmp_path / "model")).violations == ()
+    names: dict[str, Any] = {}
+    exec("\n".join(load_lines(report, str(tmp_path / "out"))), names)
+    assert sum(isinstance(module, LoraLayer) for module in names["model"].modules()) == 12
+    words = load_file(tmp_path / "model" / "model.safetensors")["deberta.embeddings.word_embeddings.weight"]
+    assert torch.equal(names["base"].get_input_embeddings().weight, words)
+    assert names["model"](**IDS).last_hidden_state.isfinite().all()
 
 
 def test_a_known_model_that_cannot_be_built_is_refused_not_guessed(tiny_llama: Path, tmp_path: Path) -> None:
