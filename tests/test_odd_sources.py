@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -500,12 +501,20 @@ class Evil:
         return Evil.ran.append, ("code of the file",)
 
 
+def with_data(file: Path, data: bytes, how: int = zipfile.ZIP_STORED) -> None:
+    """The file with this `data.pkl`."""
+    with zipfile.ZipFile(file, "w", how) as archive:
+        archive.writestr("archive/data.pkl", data)
+
+
 BAD_PICKLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "code": (lambda file: torch.save({"a": torch.ones(2), "b": Evil()}, file), ["cannot be read without running"]),
     "no tensors": (lambda file: torch.save({"epoch": 3}, file), ["its `epoch` is no tensor"]),
     "tensors deeper": (lambda file: torch.save({"model": {"a": torch.ones(2)}}, file), ["`model` is no tensor"]),
     "transposed": (lambda file: torch.save({"a": torch.randn(4, 5).T}, file), ["`a` does not lie in one piece"]),
     "a plain pickle": (lambda file: file.write_bytes(pickle.dumps({"a": 1})), ["before 1.6"]),
+    "much of nothing": (lambda file: with_data(file, bytes(1 << 20), zipfile.ZIP_DEFLATED), ["compressed"]),
+    "room for billions": (lambda file: with_data(file, b"\x80\x02Nr\xff\xff\xff\x7f."), ["remembers more values"]),
     "truncated": (lambda file: file.write_bytes(pickled_bytes(file)[:-200]), ["damaged", "download"]),
     "LFS pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
     "missing": (lambda file: file.unlink(), ["no safetensors weights"]),

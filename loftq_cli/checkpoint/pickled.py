@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ STORAGES = {
 }  # fmt: skip
 DTYPES = {"float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"}  # of `_rebuild_tensor_v3`
 LOCAL_HEADER_BYTES = 30  # of a file in a zip file; its name and an extra field follow, whose lengths stand in it
+MOST_BYTES = 100_000_000  # of what is no values, as safetensors allows in a header
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,16 @@ def read_pickled(path: Path, file: str, shown_as: str) -> Header:
                 records = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
                 if "data.pkl" not in records:
                     raise NotPlainError("it holds no `data.pkl`")
+                for small in {
+                    "data.pkl",
+                    "byteorder",
+                } & records.keys():  # else little on disk could be much to read
+                    if records[small].compress_type != zipfile.ZIP_STORED or records[small].file_size > MOST_BYTES:
+                        raise NotPlainError(f"its `{small}` is compressed, or beyond all measure")
                 if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
                     raise NotPlainError("its numbers are big-endian")
                 raw = archive.read(records["data.pkl"])
+            _refuse_wide_memos(raw)
             content = _Unpickler(raw).load()
             tensors = {}
             for name, tensor in _flat(content).items():
@@ -88,6 +97,13 @@ def read_pickled(path: Path, file: str, shown_as: str) -> Header:
         raise NotPlainError(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from None
     infos = sorted(tensors.values(), key=lambda info: info.offset)
     return Header(raw, {info.name: info for info in infos}, {})
+
+
+def _refuse_wide_memos(raw: bytes) -> None:
+    """Refuse to remember a value under a number beyond those before it: room would be made for all between."""
+    for count, (code, argument, _) in enumerate(pickletools.genops(raw)):
+        if code.name.endswith("PUT") and int(argument or 0) > count:
+            raise NotPlainError("it remembers more values than it has")
 
 
 def _flat(content: Any) -> Mapping[str, _Tensor]:
