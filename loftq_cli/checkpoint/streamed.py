@@ -14,6 +14,7 @@ AHEAD = 2  # shards that are fetched while one is in use
 KEPT = (
     2 + AHEAD
 )  # shards on the disk at a time, where they are deleted: one more may wait for its results to be written
+PATIENCE = 60  # seconds to wait for room
 
 
 class Streamed:
@@ -31,7 +32,7 @@ class Streamed:
         folder = folder and folder.resolve()  # as the Hub's client returns paths in it
         self._commit, self._files, self._folder = commit, list(files), folder
         self._fetched: dict[str, Future[Path]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         for left in folder.iterdir() if folder is not None and folder.exists() else ():
             if left.is_file() and left.name not in self._files:  # a session ended between its last use and its deletion
                 left.unlink()
@@ -41,6 +42,8 @@ class Streamed:
         if file not in self._files:
             return self._commit.path(file)
         with self._lock:
+            if self._folder is not None and file not in self._fetched:  # writing lags; it ends, or says why it does not
+                self._lock.wait_for(lambda: len(self._fetched) < KEPT, PATIENCE)
             self._begin(file)
             place = self._files.index(file) + 1
             for coming in self._files[place : place + AHEAD]:
@@ -55,10 +58,14 @@ class Streamed:
 
     def release(self, file: str) -> None:
         """Learn that nobody needs a file any more."""
-        with self._lock:
-            fetched = self._fetched.pop(file, None) if self._folder is not None else None
-        if fetched is not None and fetched.result().parent == self._folder:
+        fetched = self._fetched.get(file) if self._folder is not None else None
+        if fetched is None:
+            return
+        if fetched.result().parent == self._folder:
             fetched.result().unlink(missing_ok=True)
+        with self._lock:
+            del self._fetched[file]
+            self._lock.notify_all()
 
     def _begin(self, file: str) -> None:
         if file not in self._fetched:
