@@ -11,9 +11,7 @@ from loftq_cli.checkpoint.hub import HubCommit
 from loftq_cli.checkpoint.reader import Header
 
 AHEAD = 2  # shards that are fetched while one is in use
-KEPT = (
-    2 + AHEAD
-)  # shards on the disk at a time, where they are deleted: one more may wait for its results to be written
+KEPT = 2 + AHEAD  # on the disk at a time, where they are deleted: one more may wait for its results to be written
 PATIENCE = 60  # seconds to wait for room
 
 
