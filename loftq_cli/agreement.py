@@ -6,10 +6,8 @@ Loaders refuse a tensor of another shape, and give a weight that no file holds r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import LoftqError
@@ -17,17 +15,13 @@ from loftq_cli.errors import LoftqError
 HINT = "config.json and the weights come from different saves: download or copy all of them again"
 
 
-def refuse_disagreement(
-    checkpoint: Checkpoint, model: Any, keys: Mapping[str, str], may_convert: bool, made: Set[str]
-) -> None:
+def refuse_disagreement(checkpoint: Checkpoint, model: Any, keys: Mapping[str, str], made: set[str]) -> None:
     """Refuse tensors of other shapes than the model's, and parameters of its body that no file holds.
 
     Args:
         checkpoint: its headers.
         model: on the meta device.
         keys: tensor name → key of the state dict.
-        may_convert: other tensors are fused or split on loading, so a kind of layer that is in no file may come from
-            these.
         made: keys of the state dict that any tensor becomes, or becomes a part of.
 
     Raises:
@@ -41,27 +35,11 @@ def refuse_disagreement(
                 f"`{name}` in `{info.file}` has shape {list(info.shape)}, the model that config.json describes {shape}"
             )
             raise LoftqError(what, HINT)
-    there = set(keys.values())
-    kinds = {_kind(key) for key in there}
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    tied = {*ties, *ties.values()}
+    ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    filled = {*made, *(key for pair in ties if made.intersection(pair) for key in pair)}
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
-    for path, module in model.named_modules():
-        key = f"{path}.weight"
-        if not isinstance(module, torch.nn.Linear) or _kind(key) == key or key in there or key in tied:
-            continue
-        if (may_convert and _kind(key) not in kinds) or any(re.search(pattern, key) for pattern in ignored):
-            continue
-        raise _absent(key)
     body = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
     for key, _ in model.named_parameters():  # of a head, which may be new, nothing is asked
-        if key.startswith(body) and not (key in made or key in tied or any(re.search(p, key) for p in ignored)):
-            raise _absent(key)
-
-
-def _absent(key: str) -> LoftqError:
-    return LoftqError(f"`{key}` is in none of the files, so that loaders would give it random values", HINT)
-
-
-def _kind(key: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", key)
+        if key.startswith(body) and key not in filled and not any(re.search(pattern, key) for pattern in ignored):
+            what = f"`{key}` is in none of the files, so that loaders would give it random values"
+            raise LoftqError(what, HINT)

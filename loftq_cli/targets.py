@@ -130,7 +130,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     modules = dict(model.named_modules())
     renamed = renamed_keys(checkpoint.tensors, model)
     keys, converted = state_keys(checkpoint, model, renamed)
-    refuse_disagreement(checkpoint, model, keys, bool(converted), {key for key, _ in renamed.values()})
+    refuse_disagreement(checkpoint, model, keys, {key for key, _ in renamed.values()})
     experts = find_experts(checkpoint.tensors, renamed, model)
     wholes = {whole_name(tensor) for tensor in experts}
     module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}

@@ -626,3 +626,11 @@ def test_parameters_that_no_file_holds_are_refused(tmp_path: Path, lost: str) ->
     save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoftqError, match="in none of the files"):
         plan_quantize(str(tmp_path), build_config({"rank": 4}))
+
+
+def test_two_tied_weights_that_are_both_lost_are_refused(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "embed" not in k}, folder / "model.safetensors")
+    with pytest.raises(LoftqError, match=r"`model\.embed_tokens\.weight` is in none of the files"):
+        plan_quantize(str(folder), build_config({"rank": 4}))
