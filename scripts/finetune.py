@@ -33,7 +33,7 @@ import bench_perplexity
 from bench_common import file_name, print_table, say
 from finetune_base import describe_base, made, write_control
 from finetune_plot import plot
-from finetune_results import COLUMNS, FULL, SEARCH_SEED, Results, reported
+from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, Results, reported
 from finetune_tasks import SIZES, TASKS, described
 from finetune_train import Tuned, run
 
@@ -47,10 +47,6 @@ ARMS = (
     "qlora-nf", "qlora", "loftq-nf", "loftq", "loftq-lloyd", "qera", "cloq-lloyd", "apiq-bw", "apiq-bw-finish-lloyd",
     "apiq-bw-paper",
 )  # fmt: skip
-CONTROLS = {  # as many bytes as base and adapter of the rank, without an adapter: measured, not trained
-    "same-bytes": "--method qlora --format dense",  # plain rounding, and an adapter of rank 1 that is zero
-    "same-bytes-cloq": "--method cloq --format dense",  # looking at text; with an adapter of rank 1
-}
 ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *CONTROLS)}  # the first's 20 epochs take long
 NAMES = (FULL, *bench_perplexity.ARMS, *CONTROLS)
 LRS = (3e-4, 1e-3, 3e-3)

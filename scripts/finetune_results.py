@@ -1,6 +1,7 @@
 """What `finetune.py` keeps: a file of runs that several processes fill, its table, and its loss curves as a picture.
 
-The file holds "runs" (one training each), "bases" (what was trained on), and "rows", the table made from both.
+The file holds "runs" (one training each), "bases" (what was trained on), and "rows", the table made from both, without
+rows that lack a task.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ RATES = 3  # at least so many, before one is chosen
 RUN = ("arm", "bits", "rank", "task", "seed", "lr")  # names a run
 BASE = ("arm", "bits", "rank")
 FULL = "lora16"  # the arm that is not quantized
+CONTROLS = {  # as many bytes as base and adapter of the rank, without an adapter: measured, not trained
+    "same-bytes": "--method qlora --format dense",  # plain rounding, and an adapter of rank 1 that is zero
+    "same-bytes-cloq": "--method cloq --format dense",  # looking at text; with an adapter of rank 1
+}
 BITS_ORDER = ("16", "4", "3", "3-mixed", "2.5", "2.25", "2")
 COLUMNS = dict.fromkeys((
     "arm", "bits", "rank", "bits per weight", "with adapter", "accuracy, %", "NLL", "Austen perplexity", "× 16-bit",
     "learning rates", "untrained: accuracy, %", "Austen perplexity, untrained",
 ), "")  # fmt: skip
+TRAINED = ("accuracy, %", "Austen perplexity")  # a row is published once it has both
 SHOWN = {"headlines": (("accuracy", "accuracy, %", 100, ".1f"), ("nll", "NLL", 1, ".3f")),
          "austen": (("perplexity", "Austen perplexity", 1, ".2f"),)}  # fmt: skip
 
@@ -109,7 +115,8 @@ class Results:
         self.bases.sort(key=key)
         head = {"command": "python scripts/finetune.py --model FOLDER", "machine": self.machine, **self.common}
         parts = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
-        for name, rows in (("rows", self.table()), ("bases", self.bases), ("runs", self.runs)):
+        shown = [row for row in self.table() if row["arm"] in CONTROLS or all(row[name] for name in TRAINED)]
+        for name, rows in (("rows", shown), ("bases", self.bases), ("runs", self.runs)):
             lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
             parts.append(f' "{name}": [\n{lines}\n ]')
         partial = self.file.with_suffix(f".{os.getpid()}.partial")
