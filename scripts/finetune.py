@@ -34,7 +34,7 @@ from bench_common import file_name, print_table, say
 from finetune_base import describe_base, made, write_control
 from finetune_plot import plot
 from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, Results, reported
-from finetune_tasks import SIZES, TASKS, described
+from finetune_tasks import SIZES, TASKS, described, write_text
 from finetune_train import Tuned, run
 
 NAME = "finetune"
@@ -47,9 +47,16 @@ ARMS = (
     "qlora-nf", "qlora", "loftq-nf", "loftq", "loftq-lloyd", "qera", "cloq-lloyd", "apiq-bw", "apiq-bw-finish-lloyd",
     "apiq-bw-paper",
 )  # fmt: skip
-ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *CONTROLS)}  # the first's 20 epochs take long
-NAMES = (FULL, *bench_perplexity.ARMS, *CONTROLS)
-LRS = (3e-4, 1e-3, 3e-3)
+BEST, TASK_TEXT = bench_perplexity.ARMS["apiq-bw-finish-lloyd"], "tasks.txt"
+BEYOND = {  # what may bring 2 bits nearer to 16: more bytes, training, windows, or a text of what is to be learnt
+    "group-32": f"{BEST} --group-size 32",
+    "finish-12": f"{BEST} --finish-epochs 12",
+    "windows-240": f"{BEST} --samples 240",  # all that there are in the text
+    "task-text": f"{BEST} --calibration {TASK_TEXT}",
+}
+ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *BEYOND, *CONTROLS)}  # the first's 20 epochs take long
+NAMES = (FULL, *bench_perplexity.ARMS, *BEYOND, *CONTROLS)
+LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class Clock:
@@ -146,6 +153,9 @@ def fill_item(
     say(label)
     if control:
         flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, cache / flags[1]))
+    if TASK_TEXT in flags:
+        text = write_text(load_tokenizer(arguments), arguments.sizes, cache / TASK_TEXT)
+        flags[flags.index(TASK_TEXT)] = str(text)
     with made(arguments.model, flags, arguments.device, cache, keep=arguments.cache is not None) as base:
         tuned = Tuned(base.folder, item["rank"], arguments.device, fresh=not flags, graphs=not arguments.eager)
         described_as = known or describe_base(item, base, arguments.model, shown)
@@ -175,10 +185,14 @@ def guess(flags: list[str]) -> float:
     return 45.0 if not method[1].startswith("apiq") else 600.0 if "--epochs" in flags else 300.0
 
 
-def load_task(name: str, arguments: argparse.Namespace) -> Any:
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
-    task = TASKS[name](AutoTokenizer.from_pretrained(arguments.model), arguments.device, arguments.sizes[name])
+    return AutoTokenizer.from_pretrained(arguments.model)
+
+
+def load_task(name: str, arguments: argparse.Namespace) -> Any:
+    task = TASKS[name](load_tokenizer(arguments), arguments.device, arguments.sizes[name])
     say(f"  {name}: {task.sizes}")
     return task
 
@@ -214,8 +228,8 @@ def parse(given: list[str]) -> argparse.Namespace:
         if not equals or not name or name in (*NAMES, *extra):
             parser.error(f"--arm {arm!r}: not NAME=FLAGS, or the name is taken")
         extra[name] = flags
-    names = parsed.arms or ([] if extra else [FULL, *ARMS, *CONTROLS])
-    known = bench_perplexity.ARMS | CONTROLS
+    names = parsed.arms or ([] if extra else [FULL, *ARMS, *BEYOND, *CONTROLS])
+    known = bench_perplexity.ARMS | BEYOND | CONTROLS
     parsed.arms = {name: known.get(name, "") for name in names} | extra
     parsed.sizes = dict(SIZES)
     for assignment in parsed.steps:

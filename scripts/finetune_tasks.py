@@ -177,6 +177,18 @@ class Austen:
         return {"nll": nll, "perplexity": None if nll is None or nll > 700 else math.exp(nll)}
 
 
+def write_text(tokenizer: Any, sizes: dict[str, Size], file: Path) -> Path:
+    """What is trained on, as a text to calibrate with: the novel, and as much of headlines with their answers."""
+    prose = tokenizer.decode(Austen(tokenizer, "cpu", sizes["austen"]).text)
+    answered = [
+        PROMPT.format(row["headline"]) + LABELS[row["satirical"]]
+        for row in split_headlines(sizes["headlines"])["train"]
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join([prose, "\n\n".join(answered)[: len(prose)], ""]), encoding="utf-8")
+    return file
+
+
 TASKS = {"headlines": Headlines, "austen": Austen}
 
 

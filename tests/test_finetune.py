@@ -226,6 +226,27 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     assert kept.table()[0]["learning rates"] == "–, 0.001"
 
 
+def test_an_arm_may_look_at_what_is_trained_on(filled: dict[str, Any], small: Path) -> None:
+    """And at nothing that is held out; the results name no folder."""
+    from transformers import AutoTokenizer
+
+    flags = "--method cloq --quantizer uniform --format dense --calibration tasks.txt"
+    arguments = filled["arguments"][: filled["arguments"].index("--arms")]
+    assert finetune.main([*arguments, "--arm", f"text={flags}", "--seeds", "0", "--tasks", "headlines"]) == 0
+    (base,) = [base for base in json.loads(filled["file"].read_text())["bases"] if base["arm"] == "text"]
+    assert base["flags"].endswith("--calibration tasks.txt")
+    assert str(small) not in filled["file"].read_text()
+    text = (small / "cache" / "tasks.txt").read_text()
+    parts = {
+        part: [row["headline"] for row in rows] for part, rows in tasks.split_headlines(SIZES["headlines"]).items()
+    }
+    assert parts["train"][0] in text
+    assert not any(headline in text for part in ("validation", "test") for headline in parts[part])
+    novel = tasks.Austen(AutoTokenizer.from_pretrained(small / "model"), "cpu", SIZES["austen"])
+    assert tasks.AUSTEN_TRAIN.read_text()[: len(novel.text)] in text  # a token is a byte
+    assert tasks.AUSTEN_TRAIN.read_text()[-20:] not in text
+
+
 def test_no_headline_is_held_out_and_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the table's settings and the repository's data."""
     monkeypatch.setattr(finetune, "SIZES", tasks.SIZES)
