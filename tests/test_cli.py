@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from loftq_cli import __version__
 from loftq_cli.cli import app
 from loftq_cli.config import QuantizeConfig, load_config
 from loftq_cli.errors import again
+from tests.test_eval import save_tokenizer
 
 FAST = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu"]
 
@@ -196,7 +198,9 @@ def test_presets_are_valid_and_plan(file: Path, tiny_llama: Path, tmp_path: Path
     assert first == f"# loftq quantize --config configs/{file.name} MODEL OUT"
     assert len(rest) < 15
     assert load_config(file)
-    assert loftq("quantize", "--config", file, "--dry-run", tiny_llama, tmp_path / "out").exit_code == 0
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    save_tokenizer(model)  # some look at text
+    assert loftq("quantize", "--config", file, "--dry-run", model, tmp_path / "out").exit_code == 0
 
 
 def test_a_2_bit_model_made_without_text_says_what_it_is_worth(tiny_llama: Path, tmp_path: Path) -> None:

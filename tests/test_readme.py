@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,21 @@ def test_every_module_is_in_the_layout() -> None:
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^scripts/\w+", README, re.MULTILINE))))
 def test_the_commands_exist_and_can_be_run(command: str) -> None:
     assert os.access(ROOT / command, os.X_OK)
+
+
+def test_advice_on_settings_is_what_was_measured() -> None:
+    def row(file: str, arm: str, bits: object) -> dict[str, Any]:
+        rows = json.loads((ROOT / "scripts/results" / f"{file}.json").read_text())["rows"]
+        return next(row for row in rows if arm in (row.get("method"), row.get("arm")) and row["bits"] == bits)
+
+    lines = README.partition("## Which settings")[2].partition("\n## ")[0].split("\n|")[3:]
+    advised = (("loftq-nf", 4), ("loftq-lloyd", 2), ("cloq-lloyd", 4), ("cloq-lloyd", 2), ("apiq-bw-finish-lloyd", 2))
+    for line, (arm, bits) in zip(lines, advised, strict=True):  # of rank 16, which comes first
+        before, after = row("perplexity-cuda", arm, bits), row("finetune-cuda", arm, str(bits))
+        accuracy = after["accuracy, %"].split()[0]
+        worse = before["Wikipedia, × source"]
+        cells = f" | {worse:,.{0 if worse > 10 else 2}f} | {accuracy} %, {float(after['× 16-bit']):.2f} |"
+        assert line.partition("\n")[0].endswith(cells), line
 
 
 def test_measured_tables_are_those_of_the_results() -> None:
