@@ -37,12 +37,16 @@ class Width:
     squared_error: float
 
 
-def control(plan: Plan) -> dict[str, Any]:
+def control(plan: Plan, limit: int | None = None) -> dict[str, Any]:
     """What a base of as many bytes as `plan`'s base and adapter, without an adapter, errs: a report's "control".
 
     Weights are rounded plainly by the plan's quantizer, and begin at the plan's bits; as long as bytes are left, the
     weight gets more of them whose squared error falls most for every byte. Bytes are those of `packed`, which can mix
     bits, of codes and scales; the adapter's are those of its factors as they are stored. Reads every weight again.
+
+    Args:
+        plan: of a run.
+        limit: other bytes than those.
     """
     weights: list[tuple[WeightJob, list[Width]]] = []
     norm = 0.0
@@ -53,9 +57,10 @@ def control(plan: Plan) -> dict[str, Any]:
             W = weight.mT.contiguous() if job.transposed else weight
             weights.append((job, [measure(plan, job, bits, W) for bits in WIDTHS if bits >= job.bits]))
             norm += _square(W)
-    adapter_bytes = sum(spec.nbytes for spec in plan.adapter_layout)
-    limit = sum(widths[0].nbytes for _, widths in weights) + adapter_bytes
-    levels = spend([widths for _, widths in weights], adapter_bytes)
+    narrowest = sum(widths[0].nbytes for _, widths in weights)
+    if limit is None:
+        limit = narrowest + sum(spec.nbytes for spec in plan.adapter_layout)
+    levels = spend([widths for _, widths in weights], limit - narrowest)
     chosen = [(job, widths[level]) for (job, widths), level in zip(weights, levels, strict=True)]
     used = sum(width.nbytes for _, width in chosen)
     squares = math.fsum(width.squared_error for _, width in chosen)

@@ -38,7 +38,9 @@ ARMS = {  # name → what it adds to `loftq quantize`
     "loftq-lloyd-packed": "--method loftq --quantizer lloyd --format packed",  # the same model, as it is trained
     "qlora": f"--method qlora {UNIFORM}",
     "loftq": f"--method loftq {UNIFORM}",
+    "qlora-lloyd": f"--method qlora {LLOYD}",
     "qera": f"--method qera {UNIFORM}",
+    "qera-lloyd": f"--method qera {LLOYD}",
     "cloq": f"--method cloq {UNIFORM}",
     "apiq-lw": f"--method apiq-lw {UNIFORM}",
     "apiq-bw": f"--method apiq-bw {UNIFORM}",

@@ -8,9 +8,10 @@
     python scripts/finetune.py --table                                            # into README.md, with the plot
 
 Every base is one `loftq quantize`, used for all tasks, learning rates and seeds. All arms see the same data in the
-same order, with the same steps and batches. One seed tries all learning rates, the validation part chooses, the other
-seeds take that. Every training is saved as soon as it is done and never repeated, so the table can be filled by
-several calls, one after another or beside each other. An arm that fails is reported, and the others go on.
+same order, with the same steps and batches. One seed searches the learning rate, by what is held out for that, up to
+where higher and lower ones are worse; the other seeds take that. Every training is saved as soon as it is done and
+never repeated, so the table can be filled by several calls, one after another or beside each other. An arm that fails
+is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import bench_perplexity
 from bench_common import file_name, print_table, say
 from finetune_base import describe_base, made, write_control
 from finetune_plot import plot
-from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, Results, reported
+from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, UNTRAINED, Results, reported
 from finetune_tasks import SIZES, TASKS, described, write_text
 from finetune_train import Tuned, run
 
@@ -44,8 +45,8 @@ BITS = {  # what is asked for → what `loftq quantize` is given; the blocks of 
 }  # fmt: skip
 FIRST = ("16", "2", "4")  # before the others, with all ranks
 ARMS = (
-    "qlora-nf", "qlora", "loftq-nf", "loftq", "loftq-lloyd", "qera", "cloq-lloyd", "apiq-bw", "apiq-bw-finish-lloyd",
-    "apiq-bw-paper",
+    "qlora-nf", "qlora-lloyd", "loftq-nf", "loftq", "loftq-lloyd", "qera-lloyd", "cloq-lloyd", "apiq-bw-lloyd",
+    "apiq-bw-finish-lloyd", "apiq-bw-paper",
 )  # fmt: skip
 BEST, TASK_TEXT = bench_perplexity.ARMS["apiq-bw-finish-lloyd"], "tasks.txt"
 BEYOND = {  # what may bring 2 bits nearer to 16: more bytes, training, windows, or a text of what is to be learnt
@@ -56,7 +57,6 @@ BEYOND = {  # what may bring 2 bits nearer to 16: more bytes, training, windows,
 }
 ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *BEYOND, *CONTROLS)}  # the first's 20 epochs take long
 NAMES = (FULL, *bench_perplexity.ARMS, *BEYOND, *CONTROLS)
-LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class Clock:
@@ -77,7 +77,8 @@ def quantize_flags(item: dict[str, Any], arm: str, calibration: list[str]) -> li
     if item["arm"] == FULL:
         return []
     if item["arm"] in CONTROLS:
-        return ["--config", f"same-bytes-{item['rank']}.yaml", *bench_perplexity.quantize_flags(arm, 2, 1, calibration)]
+        file = f"{item['arm']}-{item['rank']}.yaml"
+        return ["--config", file, *bench_perplexity.quantize_flags(arm, 2, 1, calibration)]
     width, config = BITS[item["bits"]]
     flags = bench_perplexity.quantize_flags(arm, width, item["rank"], calibration)
     return ["--config", config, *flags] if config else flags
@@ -95,12 +96,12 @@ def items(arms: dict[str, str], bits: list[str], ranks: list[int]) -> list[dict[
     return sorted(found, key=lambda item: (item["bits"] not in FIRST, item["rank"]))
 
 
-def next_run(results: Results, key: dict[str, Any], seeds: list[int], lrs: list[float]) -> tuple[int, float] | None:
+def next_run(results: Results, key: dict[str, Any], seeds: list[int]) -> tuple[int, float] | None:
     """Seed and learning rate of the first training that is missing; the search comes first."""
-    wanted = [(SEARCH_SEED, lr) for lr in lrs] if SEARCH_SEED in seeds else []
-    if (best := results.best_rate(lrs, **key)) is not None:
-        wanted += [(seed, best) for seed in seeds]
-    return next(((seed, lr) for seed, lr in wanted if not results.of(seed=seed, lr=lr, **key)), None)
+    best, following = results.search(**key)
+    if best is None:
+        return (SEARCH_SEED, following) if SEARCH_SEED in seeds and following else None
+    return next(((seed, best) for seed in seeds if not results.of(seed=seed, lr=best, **key)), None)
 
 
 def expected(results: Results, task: str) -> float:
@@ -131,34 +132,39 @@ def fill_item(
         quantize_flags(item, arguments.arms[item["arm"]], ["--calibration", text, *windows])
         for text in (str(given), given.name if given.exists() else str(given))  # results name no folders
     )
-    if arguments.again:
-        results.forget(**item)
     known = next((base for base in results.bases if all(base[name] == value for name, value in item.items())), None)
+    known, again = (None, True) if arguments.again else (known, False)
     if known and known["flags"] != shlex.join(shown):
         raise ValueError(f"what is there was made with `{known['flags']}`: measure it `--again`, or name another --arm")
 
-    control = item["arm"] in CONTROLS
+    untrained = item["arm"] in UNTRAINED
 
     def missing(task: str) -> tuple[int, float] | None:
-        return None if control else next_run(results, item | {"task": task}, arguments.seeds, arguments.lrs)
+        return None if untrained else next_run(results, item | {"task": task}, arguments.seeds)
 
-    wanted = [t for t in arguments.tasks if missing(t) or (control and not (known and t in known["before"]))]
+    wanted = [t for t in arguments.tasks if again or missing(t) or (untrained and not (known and t in known["before"]))]
     if not wanted:
-        done = control or all(results.chosen(**item, task=task) for task in arguments.tasks)
+        done = untrained or all(results.chosen(**item, task=task) for task in arguments.tasks)
         say(f"{label}: {'there already' if done else f'its rate is not searched yet, which seed {SEARCH_SEED} does'}")
         return
     seconds = (known and known["seconds"]) or guess(shown)
     if not clock.fits(seconds + expected(results, wanted[0]), label):
         return
     say(label)
-    if control:
-        flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, cache / flags[1]))
+    if item["arm"] in CONTROLS:
+        file = cache / flags[1]
+        flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, file, 0 if untrained else 1))
     if TASK_TEXT in flags:
-        text = write_text(load_tokenizer(arguments), arguments.sizes, cache / TASK_TEXT)
-        flags[flags.index(TASK_TEXT)] = str(text)
-    with made(arguments.model, flags, arguments.device, cache, keep=arguments.cache is not None) as base:
+        flags[flags.index(TASK_TEXT)] = str(write_text(arguments.sizes, cache / TASK_TEXT))
+    with made(arguments.model, flags, arguments.device, cache, arguments.cache is not None, again) as base:
         tuned = Tuned(base.folder, item["rank"], arguments.device, fresh=not flags, graphs=not arguments.eager)
         described_as = known or describe_base(item, base, arguments.model, shown)
+        if base.made_of != described_as["made_of"]:
+            say("  not the bytes that were trained on before: measured anew")
+            described_as = describe_base(item, base, arguments.model, shown)
+        if described_as is not known:
+            results.replace(described_as)
+            wanted = arguments.tasks
         for name in wanted:
             if name not in tasks:
                 tasks[name] = load_task(name, arguments)
@@ -185,14 +191,10 @@ def guess(flags: list[str]) -> float:
     return 45.0 if not method[1].startswith("apiq") else 600.0 if "--epochs" in flags else 300.0
 
 
-def load_tokenizer(arguments: argparse.Namespace) -> Any:
+def load_task(name: str, arguments: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(arguments.model)
-
-
-def load_task(name: str, arguments: argparse.Namespace) -> Any:
-    task = TASKS[name](load_tokenizer(arguments), arguments.device, arguments.sizes[name])
+    task = TASKS[name](AutoTokenizer.from_pretrained(arguments.model), arguments.device, arguments.sizes[name])
     say(f"  {name}: {task.sizes}")
     return task
 
@@ -207,7 +209,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help="an arm of `loftq quantize` more; repeatable")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=f"{SEARCH_SEED} searches the learning rate")
-    add("--lrs", type=float, nargs="+", default=list(LRS), help="learning rates to try")
+    add("--lrs", type=float, nargs="+", help="where the search of learning rates begins, other than the table's")
     add("--steps", nargs="+", default=[], metavar="TASK=N", help="of training, other than the table's")
     add("--limit-seconds", type=float, metavar="N", help="begin nothing that would not be done N seconds from now")
     add("--cache", type=Path, metavar="FOLDER", help="keep quantized models here; else each is removed after its use")
@@ -216,7 +218,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     add("--seqlen", type=int, default=1024, help="tokens in such a window")
     add("--device", default=None, help="default: the first GPU, else the CPU")
     add("--eager", action="store_true", help="on a GPU launch every kernel anew: no CUDA graphs")
-    add("--again", action="store_true", help="forget what is there of these arms, bits and ranks, and measure it anew")
+    add("--again", action="store_true", help="quantize these arms anew, and measure them instead of what is there")
     add("--merge", type=Path, nargs="+", metavar="FILE", help="add the rows of other files of results, and stop")
     add("--table", action="store_true", help="print the table, put it into README.md, draw the loss curves, and stop")
     parsed = parser.parse_args(given)
@@ -231,12 +233,14 @@ def parse(given: list[str]) -> argparse.Namespace:
     names = parsed.arms or ([] if extra else [FULL, *ARMS, *BEYOND, *CONTROLS])
     known = bench_perplexity.ARMS | BEYOND | CONTROLS
     parsed.arms = {name: known.get(name, "") for name in names} | extra
-    parsed.sizes = dict(SIZES)
+    parsed.sizes = {
+        name: replace(size, rates=tuple(parsed.lrs)) if parsed.lrs else size for name, size in SIZES.items()
+    }
     for assignment in parsed.steps:
         name, _, number = assignment.partition("=")
         if name not in SIZES or not number.isdigit() or int(number) < 1:
             parser.error(f"--steps {assignment!r}: not TASK=N, with one of {', '.join(SIZES)}")
-        parsed.sizes[name] = replace(SIZES[name], steps=int(number))
+        parsed.sizes[name] = replace(parsed.sizes[name], steps=int(number))
     return parsed
 
 
@@ -269,17 +273,16 @@ def main(given: list[str]) -> int:
 
 
 def merge(files: list[Path]) -> None:
-    """Add the rows of `files` to those of the same name here."""
+    """Add the rows of `files` that are new to those of the same name here."""
     for file in files:
-        more = Results(file, Results.settings(file), NAMES)
-        ours = Results(bench_common.RESULTS / file.name, more.common, NAMES)
-        ours.machine = ours.machine or more.machine
-        ours.add(more.runs, more.bases)
+        ours = Results(bench_common.RESULTS / file.name, Results.settings(file), NAMES)
+        with ours.locked():
+            ours.take(file)
 
 
 def table() -> int:
     """Print tables, put them into README.md, and draw the loss curves beside the files."""
-    files = sorted(bench_common.HERE.glob(f"{NAME}*.json"))
+    files = [file for kind in ("", "-cuda") if (file := bench_common.HERE / f"{NAME}{kind}.json").exists()]
     for file in files:
         results = Results(file, Results.settings(file), NAMES)
         with results.locked():  # written anew, as tables are made now

@@ -14,7 +14,9 @@ from typing import Any
 
 from bench_common import GROUP_SIZE, say
 from bench_quantize import run_process
-from finetune_tasks import digest
+from finetune_tasks import digest, file_digest
+
+from loftq_cli import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,19 +29,31 @@ class Base:
     report: dict[str, Any] | None
     seconds: float | None
 
+    @property
+    def made_of(self) -> str:
+        """Names the bytes of its files: two runs with the same have been trained on the same."""
+        files = {} if self.report is None else self.report["files"]
+        return digest({name: value for name, value in sorted(files.items()) if name.endswith(".safetensors")})
+
 
 @contextmanager
-def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool) -> Iterator[Base]:
-    """The output of `loftq quantize` with `flags`, from `cache` or made now; the model itself without flags."""
+def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool, again: bool = False) -> Iterator[Base]:
+    """The output of `loftq quantize` with `flags`, from `cache` or made now; the model itself without flags.
+
+    What the cache has is of the same version of loftq, and of files, named in flags, of the same content.
+    """
     if not flags:
         yield Base(model, None, 0.0)
         return
     from filelock import FileLock
 
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"{model.resolve().name}-{digest([str(model.resolve()), flags])}"
+    contents = [file_digest(Path(flag)) for flag in flags if Path(flag).is_file()]
+    folder = cache / f"{model.resolve().name}-{digest([__version__, str(model.resolve()), flags, contents])}"
     seconds = None
     with FileLock(folder.with_suffix(".lock")):  # another process may be making it: then it is waited for
+        if again and folder.exists():
+            shutil.rmtree(folder)
         if not (folder / "loftq_report.json").exists():  # written last
             absolute = [str(ROOT / flag) if flag.startswith("configs/") else flag for flag in flags]
             command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "-q", "--resume", *absolute]
@@ -54,7 +68,7 @@ def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool) ->
 
 def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str]) -> dict[str, Any]:
     """A row of "bases": its sizes are those in `packed`, whatever format the arm is computed in."""
-    row = {**item, "flags": shlex.join(shown), "seconds": base.seconds, "before": {}}
+    row = {**item, "flags": shlex.join(shown), "made_of": base.made_of, "seconds": base.seconds, "before": {}}
     if base.report is None:
         return row | {"bits per weight": 16.0, "with adapter": None, "relative error": 0.0}
     from loftq_cli.config import QuantizeConfig
@@ -70,16 +84,25 @@ def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str
     }
 
 
-def write_control(model: Path, rank: int, device: str, file: Path) -> Path:
-    """A configuration with as many bytes as a 2-bit base and an adapter of `rank`, spent as `--report-control` does."""
+def write_control(model: Path, rank: int, device: str, file: Path, adapter: int) -> Path:
+    """A configuration with as many bytes as a 2-bit base and an adapter of `rank`, spent as `--report-control` does.
+
+    Args:
+        adapter: the rank of the one that it has itself, out of the same bytes.
+    """
     from loftq_cli.config import QuantizeConfig
     from loftq_cli.control import control
     from loftq_cli.pipeline import plan_quantize
 
-    config = QuantizeConfig(bits=2, rank=rank, group_size=GROUP_SIZE, quantizer="lloyd", format="packed", device=device)
-    bits_for = control(plan_quantize(str(model), config))["bits_for"]
-    quantizer = "uniform" if 8 in bits_for.values() else "lloyd"  # codebooks do not have 8 bits
-    lines = [f"quantizer: {quantizer}", "bits_for:", *(f"  {module}: {bits}" for module, bits in bits_for.items())]
+    for quantizer in ("lloyd", "uniform"):  # the latter where a weight can have 8 bits, which codebooks do not have
+        settings = {"bits": 2, "rank": rank, "group_size": GROUP_SIZE, "quantizer": quantizer, "format": "packed"}
+        plan = plan_quantize(str(model), QuantizeConfig(**settings, device=device))
+        factors = sum(spec.nbytes for spec in plan.adapter_layout)
+        base = round(plan.bits_per_weight * plan.parameters / 8)
+        found = control(plan, base + factors - factors * adapter // rank)
+        if "8" not in found["weights"]:
+            break
+    bits_for = (f"  {module}: {bits}" for module, bits in found["bits_for"].items())
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join([f"quantizer: {quantizer}", "bits_for:", *bits_for, ""]))
     return file

@@ -1,4 +1,7 @@
-"""Loss curves as SVG, written by hand: a panel for each task, bits and rank, a line for each arm."""
+"""Curves of the training loss as SVG, written by hand: a panel for each task, bits and rank, a line for each arm.
+
+Arms are those of the table that are trained, each with its own learning rate.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from finetune_train import CURVE
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 380, 230, 56, 34, 190  # of a panel, its margins, and what names the lines
 COLORS = (
     "#000000", "#999999", "#c7a76c", "#e69f00", "#d55e00", "#f0c419", "#56b4e9", "#0072b2", "#009e73", "#cc79a7",
-    "#7a3db8", "#8c564b",
+    "#7a3db8", "#8c564b", "#1b9e77", "#e7298a", "#66a61e", "#a6761d", "#1f78b4", "#fb9a99",
 )  # fmt: skip
 TITLES = {"headlines": "headlines", "austen": "Austen"}
 
@@ -21,8 +24,10 @@ TITLES = {"headlines": "headlines", "austen": "Austen"}
 def curves(results: Results, bits: str, rank: int, task: str) -> dict[str, list[float]]:
     """Of each arm the mean over its seeds, up to where one of them went astray."""
     found = {}
-    arms = [base["arm"] for base in results.bases if base["rank"] == rank and base["bits"] in (bits, "16")]
-    for arm in dict.fromkeys(arms):
+    shown = [row for row in results.published() if row["rank"] == rank]
+    if not any(row["bits"] == bits for row in shown):
+        return {}
+    for arm in dict.fromkeys(row["arm"] for row in shown if row["bits"] in (bits, "16")):
         runs = results.chosen(arm=arm, bits="16" if arm == FULL else bits, rank=rank, task=task)
         points = []
         for column in zip(*(run["curve"] for run in runs), strict=True):
@@ -73,10 +78,9 @@ def plot(results: Results, file: Path) -> bool:
     panels: list[tuple[str, int, dict[str, dict[str, list[float]]]]] = []
     for rank in sorted({base["rank"] for base in results.bases}):
         for bits in reversed(BITS_ORDER[1:]):
-            if any((base["bits"], base["rank"]) == (bits, rank) for base in results.bases):
-                tasks = {task: curves(results, bits, rank, task) for task in TITLES}
-                if any(tasks.values()):
-                    panels.append((bits, rank, tasks))
+            tasks = {task: curves(results, bits, rank, task) for task in TITLES}
+            if any(tasks.values()):
+                panels.append((bits, rank, tasks))
     if not panels:
         return False
     arms = dict.fromkeys(arm for _, _, tasks in panels for lines in tasks.values() for arm in lines)

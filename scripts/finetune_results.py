@@ -7,6 +7,7 @@ rows that lack a task.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -19,14 +20,15 @@ from bench_common import say
 from finetune_tasks import digest
 
 SEARCH_SEED = 0  # the one that tries several learning rates
-RATES = 3  # at least so many, before one is chosen
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of rates; the search ends between two worse ones
 RUN = ("arm", "bits", "rank", "task", "seed", "lr")  # names a run
 BASE = ("arm", "bits", "rank")
 FULL = "lora16"  # the arm that is not quantized
-CONTROLS = {  # as many bytes as base and adapter of the rank, without an adapter: measured, not trained
-    "same-bytes": "--method qlora --format dense",  # plain rounding, and an adapter of rank 1 that is zero
-    "same-bytes-cloq": "--method cloq --format dense",  # looking at text; with an adapter of rank 1
+CONTROLS = {  # as many bytes as base and adapter of the rank
+    "same-bytes": "--method qlora --format dense",  # plain rounding without an adapter: measured, not trained
+    "same-bytes-cloq": "--method cloq --format dense",  # looking at text, and an adapter of rank 1 that is trained
 }
+UNTRAINED = ("same-bytes",)
 BITS_ORDER = ("16", "4", "3", "3-mixed", "2.5", "2.25", "2")
 COLUMNS = dict.fromkeys((
     "arm", "bits", "rank", "bits per weight", "with adapter", "accuracy, %", "NLL", "Austen perplexity", "× 16-bit",
@@ -88,10 +90,12 @@ class Results:
                         {**row, "before": {**known.get("before", {}), **row["before"]}} if "before" in row else row
                     )
 
-    def forget(self, **key: Any) -> None:
-        """Remove a base and its runs."""
+    def replace(self, base: dict[str, Any]) -> None:
+        """A base in the place of the one of its name, whose runs say nothing of it and are removed."""
+        key = {name: base[name] for name in BASE}
         with self.locked():
             self.runs, self.bases = ([row for row in rows if not same(row, key)] for rows in (self.runs, self.bases))
+            self.bases.append(base)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,8 +119,7 @@ class Results:
         self.bases.sort(key=key)
         head = {"command": "python scripts/finetune.py --model FOLDER", "machine": self.machine, **self.common}
         parts = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
-        shown = [row for row in self.table() if row["arm"] in CONTROLS or all(row[name] for name in TRAINED)]
-        for name, rows in (("rows", shown), ("bases", self.bases), ("runs", self.runs)):
+        for name, rows in (("rows", self.published()), ("bases", self.bases), ("runs", self.runs)):
             lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
             parts.append(f' "{name}": [\n{lines}\n ]')
         partial = self.file.with_suffix(f".{os.getpid()}.partial")
@@ -126,25 +129,35 @@ class Results:
     def of(self, **key: Any) -> list[dict[str, Any]]:
         return [run for run in self.runs if same(run, key)]
 
-    def best_rate(self, lrs: Iterable[float] = (), **key: Any) -> float | None:
-        """The learning rate with the least validation loss, once `lrs` and enough others have been tried."""
+    def search(self, **key: Any) -> tuple[float | None, float | None]:
+        """The learning rate with the least validation loss, and that to be tried next; one of them is None.
+
+        It is found once the next rate on either side is worse, so that no arm is cut off by what is tried for all.
+        """
         tried = {run["lr"]: run["validation"]["nll"] for run in self.of(seed=SEARCH_SEED, **key)}
-        finite = {lr: nll for lr, nll in tried.items() if nll is not None}
-        done = len(tried) >= RATES and set(lrs) <= set(tried)
-        return min(finite or tried, key=lambda lr: finite.get(lr, 0.0)) if done else None
+        if missing := [lr for lr in self.common["tasks"][key["task"]]["rates"] if lr not in tried]:
+            return None, missing[0]
+        best = min(sorted(tried), key=lambda lr: math.inf if tried[lr] is None else tried[lr])
+        below = max((lr for lr in LADDER if lr < best), default=best)
+        above = min((lr for lr in LADDER if lr > best), default=best)
+        if best == min(tried) and below not in tried:
+            return None, below
+        return (None, above) if best == max(tried) and above not in tried else (best, None)
 
     def chosen(self, **key: Any) -> list[dict[str, Any]]:
         """The runs, one a seed, with the learning rate that was chosen."""
-        lr = self.best_rate(**key)
+        lr, _ = self.search(**key)
         return [] if lr is None else self.of(lr=lr, **key)
+
+    def published(self) -> list[dict[str, Any]]:
+        """The rows of the table that lack no task."""
+        return [row for row in self.table() if row["arm"] in UNTRAINED or all(row[name] for name in TRAINED)]
 
     def table(self) -> list[dict[str, Any]]:
         """Text for every cell of `COLUMNS`, mean ± standard deviation over seeds; None where nothing is measured."""
         rows = []
         full = {
-            rank: mean_of(
-                run["test"]["perplexity"] for run in self.chosen(arm=FULL, bits="16", rank=rank, task="austen")
-            )
+            rank: self.chosen(arm=FULL, bits="16", rank=rank, task="austen")
             for rank in {base["rank"] for base in self.bases}
         }
         for base in self.bases:
@@ -158,9 +171,10 @@ class Results:
                 for metric, column, factor, digits in shown:
                     row[column] = spread([run["test"][metric] for run in runs], factor, digits)
                 rates.append(f"{runs[0]['lr']:g}" if runs else "–")
-                if task == "austen" and runs and full[base["rank"]]:
-                    ours = mean_of(run["test"]["perplexity"] for run in runs)
-                    row["× 16-bit"] = None if ours is None else f"{ours / full[base['rank']]:.3f}"
+                theirs = full[base["rank"]]
+                if task == "austen" and runs and {run["seed"] for run in runs} == {run["seed"] for run in theirs}:
+                    ours, bar = (mean_of(run["test"]["perplexity"] for run in of) for of in (runs, theirs))
+                    row["× 16-bit"] = f"{ours / bar:.3f}" if ours and bar else None
             row["learning rates"] = ", ".join(rates)
             before = base["before"]
             if (value := before.get("headlines", {}).get("accuracy")) is not None:

@@ -25,7 +25,7 @@ class Tuned:
         from peft import LoraConfig, PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        self.causal: Any = AutoModelForCausalLM.from_pretrained(base).to(device)
+        self.causal: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
         if fresh:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             self.model: Any = get_peft_model(self.causal, config)
@@ -165,8 +165,8 @@ class Tuned:
         end = now()
         curve = [mean(float(part.sum()), len(part)) for part in losses.double().cpu().split(CURVE)]
         return {
-            "data": digest(places.tolist()), "graph": self.graphs, "train, s": round(end - begin, 2),
-            "step, ms": round((end - recorded) / steps * 1e3, 2),
+            "data": digest(places.tolist()), "dtype": str(self.dtype).removeprefix("torch."), "graph": self.graphs,
+            "train, s": round(end - begin, 2), "step, ms": round((end - recorded) / steps * 1e3, 2),
             "curve": [None if loss is None else round(loss, 4) for loss in curve],
         }  # fmt: skip
 

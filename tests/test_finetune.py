@@ -24,8 +24,8 @@ from tests.test_eval import save_tokenizer
 tasks, results = sys.modules["finetune_tasks"], sys.modules["finetune_results"]
 training, common = sys.modules["finetune_train"], sys.modules["bench_common"]
 SIZES = {
-    "headlines": tasks.Size(steps=3, batch=2, tokens=96, validation=8, test=12),
-    "austen": tasks.Size(steps=3, batch=2, tokens=32, validation=2, test=200),
+    "headlines": tasks.Size(steps=3, batch=2, tokens=96, validation=8, test=12, rates=(1e-2, 3e-2, 1e-1)),
+    "austen": tasks.Size(steps=3, batch=2, tokens=32, validation=2, test=200, rates=(1e-2, 3e-2, 1e-1)),
 }
 ARMS = {"lora16": "16", "qlora": "2", "loftq": "2", "cloq": "2"}
 
@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def settings(small: Path) -> list[str]:
     given = ["--model", str(small / "model"), "--cache", str(small / "cache"), "--bits=2", "--ranks=4", "--device=cpu"]
-    return [*given, "--samples=3", "--seqlen=64", "--lrs", "1e-3", "1e-2", "1e-1"]
+    return [*given, "--samples=3", "--seqlen=64"]
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,13 @@ def test_every_arm_is_trained_on_the_same_data(filled: dict[str, Any]) -> None:
     for arm in ARMS:
         for task in SIZES:
             search = [run for run in runs if (run["arm"], run["task"], run["seed"]) == (arm, task, 0)]
-            assert [run["lr"] for run in search] == [1e-3, 1e-2, 1e-1]
+            tried = sorted(run["lr"] for run in search)
             best = min(search, key=lambda run: run["validation"]["nll"])
+            assert set(SIZES[task].rates) <= set(tried)
+            assert tried[0] < best["lr"] < tried[-1] or best["lr"] in (results.LADDER[0], results.LADDER[-1])
             others = [run["lr"] for run in runs if (run["arm"], run["task"]) == (arm, task) and run["seed"]]
             assert others == [best["lr"]] * 2
-    assert all(len(run["curve"]) == 1 and run["curve"][0] > 0 for run in runs)
+    assert all(len(run["curve"]) == 1 and run["curve"][0] > 0 and run["dtype"] == "float32" for run in runs)
 
 
 def test_the_table_is_made_of_the_runs(filled: dict[str, Any]) -> None:
@@ -128,6 +130,13 @@ def test_a_control_has_the_bytes_and_is_not_trained(filled: dict[str, Any]) -> N
     assert errors["same-bytes"] < 0.7 * errors["loftq"]
     (base,) = [base for base in content["bases"] if base["arm"] == "same-bytes"]
     assert set(base["before"]) == set(SIZES)
+
+    # the other one has an adapter of rank 1, out of the same bytes, and is trained
+    assert finetune.main([*arguments[:-1], "same-bytes-cloq", "--tasks=headlines", "--seeds=0"]) == 0
+    content = json.loads(filled["file"].read_text())
+    assert [run["arm"] for run in content["runs"]].count("same-bytes-cloq") >= 3
+    (base,) = [base for base in content["bases"] if base["arm"] == "same-bytes-cloq"]
+    assert base["bits per weight"] + 0.1 < base["with adapter"] <= float(loftq["with adapter"]) + 0.005
     filled["file"].write_text(before)
 
 
@@ -207,29 +216,40 @@ def test_results_of_two_machines_become_one_table(
 
 
 def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
-    kept = results.Results(tmp_path / "results.json", {"model": "m", "group_size": 64, "tasks": {}}, ["loftq"])
+    sizes = {task: {"rates": [1e-4, 3e-4, 1e-3]} for task in SIZES}
+    kept = results.Results(tmp_path / "results.json", {"model": "m", "group_size": 64, "tasks": sizes}, ["loftq"])
     base = {"arm": "loftq", "bits": "2", "rank": 16}
+    key = base | {"task": "austen"}
 
     def row(lr: float, seed: int, validation: float | None, test: float) -> dict[str, Any]:
         measured = {"validation": {"nll": validation}, "test": {"nll": test, "perplexity": test}, "curve": [1.0]}
-        return {**base, "task": "austen", "seed": seed, "lr": lr, **measured, "seconds": 1.0}
+        return {**key, "seed": seed, "lr": lr, **measured, "seconds": 1.0}
 
     kept.add(bases=[{**base, "flags": "", "before": {}, "bits per weight": 2.25, "with adapter": 3.0}])
     kept.add([row(1e-4, 0, 3.0, 9.0), row(1e-3, 0, 2.0, 30.0)])
     assert kept.table()[0]["Austen perplexity"] is None  # before the search is over there is nothing to show
-    assert finetune.next_run(kept, base | {"task": "austen"}, [0, 1], [1e-4, 1e-3, 1e-2]) == (0, 1e-2)
-    assert finetune.next_run(kept, base | {"task": "austen"}, [1], [1e-4, 1e-3, 1e-2]) is None
-    kept.add([row(1e-2, 0, None, 1.0)])  # went astray
-    assert finetune.next_run(kept, base | {"task": "austen"}, [0, 1], [1e-4, 1e-3, 1e-2]) == (1, 1e-3)
+    assert finetune.next_run(kept, key, [0, 1]) == (0, 3e-4)
+    assert finetune.next_run(kept, key, [1]) is None
+    kept.add([row(3e-4, 0, 2.5, 1.0)])
+    assert finetune.next_run(kept, key, [0, 1]) == (0, 3e-3)  # the best so far is the highest
+    kept.add([row(3e-3, 0, None, 1.0)])  # went astray
+    assert finetune.next_run(kept, key, [0, 1]) == (1, 1e-3)
     kept.add([row(1e-3, 1, 9.0, 32.0)])
     assert kept.table()[0]["Austen perplexity"] == "31.00 ± 1.41 (n = 2)"
     assert kept.table()[0]["learning rates"] == "–, 0.001"
 
+    # downwards, too, and to the ladder's end
+    other = key | {"arm": "qlora"}
+    for lr in (1e-4, 3e-4, 1e-3, 3e-5):
+        assert kept.search(**other)[0] is None
+        kept.add([row(lr, 0, lr, 1.0) | {"arm": "qlora"}])
+    assert kept.search(**other) == (None, results.LADDER[0])
+    kept.add([row(results.LADDER[0], 0, 0.0, 1.0) | {"arm": "qlora"}])
+    assert kept.search(**other) == (results.LADDER[0], None)
+
 
 def test_an_arm_may_look_at_what_is_trained_on(filled: dict[str, Any], small: Path) -> None:
     """And at nothing that is held out; the results name no folder."""
-    from transformers import AutoTokenizer
-
     flags = "--method cloq --quantizer uniform --format dense --calibration tasks.txt"
     arguments = filled["arguments"][: filled["arguments"].index("--arms")]
     assert finetune.main([*arguments, "--arm", f"text={flags}", "--seeds", "0", "--tasks", "headlines"]) == 0
@@ -242,9 +262,8 @@ def test_an_arm_may_look_at_what_is_trained_on(filled: dict[str, Any], small: Pa
     }
     assert parts["train"][0] in text
     assert not any(headline in text for part in ("validation", "test") for headline in parts[part])
-    novel = tasks.Austen(AutoTokenizer.from_pretrained(small / "model"), "cpu", SIZES["austen"])
-    assert tasks.AUSTEN_TRAIN.read_text()[: len(novel.text)] in text  # a token is a byte
-    assert tasks.AUSTEN_TRAIN.read_text()[-20:] not in text
+    assert tasks.AUSTEN_TRAIN.read_text() in text
+    assert tasks.AUSTEN_TEST.read_text()[:100] not in text
 
 
 def test_no_headline_is_held_out_and_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +280,47 @@ def test_no_headline_is_held_out_and_trained_on(monkeypatch: pytest.MonkeyPatch)
         assert not seen & words
         seen |= words
         assert 0.4 < statistics.fmean(row["satirical"] for row in rows) < 0.6
+
+
+def test_what_chooses_the_rate_of_prose_is_of_the_novel_that_is_measured(small: Path) -> None:
+    """And neither is trained on, nor counted twice."""
+    from transformers import AutoTokenizer
+
+    tokenizer, size = AutoTokenizer.from_pretrained(small / "model"), SIZES["austen"]
+    novel = tasks.Austen(tokenizer, "cpu", size)
+    test, validation = (
+        tokenizer.decode(novel.windows[part][:, 1:].flatten().tolist()) for part in ("test", "validation")
+    )
+    text = tasks.AUSTEN_TEST.read_text()  # a token is a byte
+    assert text.startswith(test)
+    assert text[size.test :].startswith(validation)
+    assert min(len(test), len(validation)) > size.tokens
+    assert tokenizer.decode(novel.text.tolist()) == tasks.AUSTEN_TRAIN.read_text()
+
+
+def test_a_base_of_other_bytes_is_measured_anew(
+    filled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, before, trained = filled["file"], filled["file"].read_text(), []
+    content = json.loads(before)
+    for base in content["bases"]:
+        if base["arm"] == "loftq":
+            base["made_of"] = "other"
+    runs = {run["task"]: run for run in content["runs"] if run["arm"] == "loftq" and run["seed"] == 2}
+    content["runs"].remove(runs["austen"])
+    file.write_text(json.dumps(content))
+
+    def run(tuned: Any, task: Any, lr: float, seed: int) -> dict[str, Any]:
+        trained.append((lr, seed))
+        return {key: value for key, value in runs[type(task).__name__.lower()].items() if key not in results.RUN}
+
+    monkeypatch.setattr(finetune, "run", run)
+    assert finetune.main([*filled["arguments"], "--seeds", "0"]) == 0
+    assert trained == []  # nothing was missing
+    assert finetune.main(filled["arguments"]) == 0
+    assert "measured anew" in capsys.readouterr().err
+    assert len([seed for _, seed in trained if seed]) == 2 * len(SIZES)
+    file.write_text(before)
 
 
 def test_headlines_are_measured_as_one_by_one(small: Path) -> None:
@@ -304,16 +364,33 @@ def test_every_training_begins_at_the_same_start_and_learns(small: Path) -> None
         assert tuned.evaluate(task, "validation") == before
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_replayed_steps_train_as_launched_ones(small: Path) -> None:
+def test_a_bfloat16_model_is_trained_as_one(small: Path, tmp_path: Path) -> None:
+    """As every real one is: matrices in bfloat16, factors in float32, and what it learns is much the same."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    save_tokenizer(save_llama(tmp_path / "model", dtype=torch.bfloat16))
+    task = tasks.Headlines(AutoTokenizer.from_pretrained(small / "model"), "cpu", replace(SIZES["headlines"], steps=40))
+    tuned, exact = (training.Tuned(folder / "model", 8, "cpu", fresh=True) for folder in (tmp_path, small))
+    assert {p.dtype for p in tuned.causal.parameters()} == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in tuned.parameters.values()} == {torch.float32}
+    rounded, other = (model.train(task, 1e-2, seed=1) for model in (tuned, exact))
+    assert (rounded["dtype"], other["dtype"]) == ("bfloat16", "float32")
+    assert rounded["curve"] == pytest.approx(other["curve"], rel=0.1)
+    assert rounded["curve"][-1] < 0.9 * rounded["curve"][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_steps_train_as_launched_ones(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(save_llama(tmp_path / "model", dtype=dtype))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for name, make in tasks.TASKS.items():
         task = make(tokenizer, "cuda", replace(SIZES[name], steps=40, batch=4))
         replayed, launched = (
-            training.Tuned(small / "model", 8, "cuda", fresh=True, graphs=graphs) for graphs in (True, False)
+            training.Tuned(tmp_path / "model", 8, "cuda", fresh=True, graphs=graphs) for graphs in (True, False)
         )
         first, second = (tuned.train(task, 1e-2, seed=1) for tuned in (replayed, launched))
         assert (first["graph"], second["graph"]) == (True, False)
