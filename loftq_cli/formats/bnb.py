@@ -29,9 +29,9 @@ name = "bnb"
 requirements: tuple[str, ...] = ("bitsandbytes>=0.46.1",)
 quantizers: tuple[str, ...] = ("nf",)
 load_notes: tuple[str, ...] = (
-    "on CPUs with AVX512-BF16, an eval-mode forward makes bitsandbytes repack its weights for inference, and gradients "
-    "are wrong from then on: call `.train()` before the first forward, or first set `support_avx512bf16_for_cpu = "
-    "False` on every `Linear4bit`",
+    "on CPUs with AVX512-BF16, an eval-mode forward makes bitsandbytes repack its weights for inference, and gradients, "
+    "and outputs of an adapter attached later, are wrong from then on: call `.train()` before the first forward, or "
+    "first set `support_avx512bf16_for_cpu = False` on every `Linear4bit`",
 )
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
