@@ -8,7 +8,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -59,11 +59,11 @@ def find_embeddings(
 def _tables(model: Any) -> dict[str, nn.Embedding]:
     from transformers import PreTrainedModel
 
-    tables: Collection[int] = set()
+    tables = set[int]()
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             with suppress(Exception):  # how it says that it has none is up to the model's own code
-                tables = {*tables, id(part.get_input_embeddings())}
+                tables.add(id(part.get_input_embeddings()))
     return {name: m for name, m in model.named_modules() if id(m) in tables and isinstance(m, nn.Embedding)}
 
 

@@ -15,8 +15,17 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import to_store
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm
-from loftq_cli.methods.qlora import embedding_start, without_factors, zero_start
+from loftq_cli.methods import (
+    GRAM_METHODS,
+    METHODS,
+    Decomposition,
+    Inputs,
+    embedding_start,
+    seed_for,
+    squared_norm,
+    without_factors,
+    zero_start,
+)
 from loftq_cli.methods.trained import Fit
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import residual as residual_of
