@@ -74,9 +74,17 @@ def adapter_layout(
 
 def factor_specs(job: WeightJob, dtype: torch.dtype) -> list[TensorSpec]:
     """The factors of one job, if it has any."""
-    name_A, name_B = peft_adapter.tensor_names(job.module)
-    shapes = {name_A: (job.rank, job.shape[1]), name_B: (job.shape[0], job.rank)} if job.rank else {}
-    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+    m, n = reversed(job.shape) if job.embedding else job.shape
+    shapes = ((job.rank, n), (m, job.rank)) if job.rank else ()
+    return [TensorSpec(name, dtype, shape) for name, shape in zip(job.factor_names, shapes, strict=False)]
+
+
+def about_experts(jobs: Iterable[WeightJob]) -> str | None:
+    """What the user should know of the experts' weights."""
+    experts = [job for job in jobs if job.expert is not None]
+    if not experts or experts[0].rank:
+        return None
+    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one, in `dense`)"
 
 
 def assemble(
@@ -95,7 +103,7 @@ def assemble(
     for names, of in members.items():
         whole_A, whole_B = (torch.zeros(specs[name].shape, dtype=specs[name].dtype) for name in names)
         for job in of:
-            factors = (read(name) for name in peft_adapter.tensor_names(job.module))
+            factors = (read(name) for name in job.factor_names)
             for part, factor in zip(stacked[job.tensor].views(whole_A, whole_B), factors, strict=True):
                 part.copy_(factor)
         for name, whole in zip(names, (whole_A, whole_B), strict=True):

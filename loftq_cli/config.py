@@ -64,6 +64,7 @@ class QuantizeConfig(BaseModel):
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     experts_adapter: bool = False
     quantize_head: bool = False
+    quantize_embeddings: bool = False
 
     calibration: str | None = None
     samples: int = Field(default=128, ge=1)
@@ -99,7 +100,8 @@ class QuantizeConfig(BaseModel):
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
         self._refuse_idle(("evict",), UNCALIBRATED)  # the others read a checkpoint several times
-        self._refuse_idle(("quantize_head",), UNCALIBRATED)  # and stop at the last block
+        # and begin behind the embeddings, with the source's, and stop at the last block
+        self._refuse_idle(("quantize_head", "quantize_embeddings"), UNCALIBRATED)
         if self.finish_epochs == 0 and self._was_given("finish_lr"):
             raise ValueError("`finish_lr` is that of a finish: give `finish_epochs`, too")
         start = (self.init or "cloq") if self.is_trained else self.method

@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
 from loftq_cli.experts import FLOATS, ExpertSlot
+from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import Place
 from loftq_cli.targets import Targets
 
@@ -31,7 +32,7 @@ class WeightJob:
     `dtype` is what the loader will have the weight in: `stored_dtype`, the file's, or the narrower one that config.json
     names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`, where a calibrated method
     reaches it. `transposed`: the file has it as [n, m]. `rank` is that of its adapter: 0 where it has none. `tensor` of
-    an expert may be a slice of one, `name[3]`.
+    an expert may be a slice of one, `name[3]`. `embedding`: it is a table of m tokens with n features each.
     """
 
     tensor: str
@@ -47,6 +48,12 @@ class WeightJob:
     rank: int
     transposed: bool = False
     expert: ExpertSlot | None = None
+    embedding: bool = False
+
+    @property
+    def factor_names(self) -> tuple[str, str]:
+        """The names of its factors, as they are stored."""
+        return peft_adapter.tensor_names(self.module, self.embedding)
 
     @property
     def place(self) -> Place:
@@ -90,14 +97,6 @@ def choose_linears(targets: Targets, config: QuantizeConfig) -> tuple[dict[str, 
     return linears, skipped, skipped_linears
 
 
-def about_experts(jobs: Iterable[WeightJob]) -> str | None:
-    """What the user should know of the experts' weights."""
-    experts = [job for job in jobs if job.expert is not None]
-    if not experts or experts[0].rank:
-        return None
-    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one, in `dense`)"
-
-
 def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:
     """Put like weights together while a batch holds at most `elements`; in the order in which the batches fill up.
 
@@ -107,7 +106,7 @@ def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], boo
     batches: list[WeightBatch] = []
     filling: dict[object, list[WeightJob]] = {}
     for job in jobs:
-        how = (job.bits, job.group_size, job.quantizer, job.rank, job.expert is None)
+        how = (job.bits, job.group_size, job.quantizer, job.rank, job.expert is None, job.embedding)
         alike = (job.shape, job.transposed, job.stored_dtype, job.dtype, *how)
         together = filling.setdefault(alike, [])
         together.append(job)
@@ -204,6 +203,7 @@ def make_jobs(
                 rank=config.rank if expert is None or config.experts_adapter else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
+                embedding=tensor in targets.embeddings,
             )
         )
     return tuple(jobs)

@@ -88,6 +88,15 @@ QuantizeHead = Annotated[
         rich_help_panel=QUANTIZATION,
     ),
 ]
+QuantizeEmbeddings = Annotated[
+    bool | None,
+    typer.Option(
+        "--quantize-embeddings/--no-quantize-embeddings",
+        help="Quantize the token embeddings, too, with an adapter, where nothing is tied to them (formats packed and "
+        "dense). \\[default: off]",
+        rich_help_panel=QUANTIZATION,
+    ),
+]
 ExpertsAdapter = Annotated[
     bool | None,
     typer.Option(

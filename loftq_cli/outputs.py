@@ -19,7 +19,6 @@ from torch import Tensor
 from loftq_cli.adapters import EXPERT_FACTORS, assemble
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
-from loftq_cli.formats import peft_adapter
 from loftq_cli.heads import adapter_name
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
@@ -120,7 +119,7 @@ class Outputs:
 
     def rewrite(self, job: WeightJob, factors: tuple[Tensor, Tensor], measured: Mapping[str, Any]) -> None:
         """Replace the factors of a weight that is written, and what its row says of them."""
-        tensors = dict(zip(peft_adapter.tensor_names(job.module), factors, strict=True))
+        tensors = dict(zip(job.factor_names, factors, strict=True))
         row = {k: value for k, value in {**self.journal.rows[job.tensor], **measured}.items() if value is not None}
         row["sha256"] = {**row["sha256"], **{name: hash_tensor(tensor) for name, tensor in tensors.items()}}
         for name, tensor in tensors.items():

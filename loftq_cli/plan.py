@@ -9,12 +9,13 @@ from functools import cached_property
 
 import torch
 
-from loftq_cli.adapters import EXPERT_FACTORS, adapter_layout, factor_specs, stacked_factors
+from loftq_cli.adapters import EXPERT_FACTORS, about_experts, adapter_layout, factor_specs, stacked_factors
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
 from loftq_cli.choice import choose_format, other_formats
 from loftq_cli.config import CALIBRATED, QuantizeConfig
+from loftq_cli.embeddings import with_embeddings
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_store
@@ -24,7 +25,6 @@ from loftq_cli.jobs import (
     BLOCK,
     WeightBatch,
     WeightJob,
-    about_experts,
     choose_linears,
     make_batches,
     make_jobs,
@@ -208,6 +208,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     """
     if config.quantize_head:
         targets = with_output_head(targets, checkpoint.model)
+    if config.quantize_embeddings:
+        targets = with_embeddings(targets, checkpoint.model)
     linears, skipped, skipped_linears = choose_linears(targets, config)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))

@@ -13,7 +13,6 @@ from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_te
 from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats import peft_adapter
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER, Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, adapter_metadata
@@ -63,7 +62,7 @@ def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
 def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
     """What was written for `job`, from files that are whole or still grow."""
     names = [spec.name for spec in plan.stored(job)]
-    lora_A, lora_B = read_whenever(out, ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    lora_A, lora_B = read_whenever(out, ADAPTER_FILE, job.factor_names)
     return dict(zip(names, read_whenever(out, job.file, names), strict=True)), (lora_A, lora_B)
 
 
@@ -96,7 +95,7 @@ def base_names(plan: Plan, batch: WeightBatch) -> list[str]:
 
 def adapter_names(batch: WeightBatch) -> list[str]:
     """The adapter's tensors for a batch."""
-    return [name for job in batch.jobs if job.rank for name in peft_adapter.tensor_names(job.module)]
+    return [name for job in batch.jobs if job.rank for name in job.factor_names]
 
 
 def check_disk(plan: Plan, out: Path) -> None:

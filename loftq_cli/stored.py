@@ -25,13 +25,22 @@ class Factors:
         self._whole: dict[str, Tensor] = {}
 
     def of(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """lora_A [r, n] and lora_B [m, r] as they are stored, of a row that has an adapter.
+        """lora_A [r, n] and lora_B [m, r], with their stored values, of a row that has an adapter.
 
         Raises:
             LoftqError: one of them is in no file.
         """
+        first, second = self.stored(row)
+        return peft_adapter.of_embedding(first, second) if "embedding" in row else (first, second)
+
+    def stored(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The tensors that `factor_names` names.
+
+        Raises:
+            LoftqError: see `of`.
+        """
         if "stacked" not in row:
-            name_A, name_B = peft_adapter.tensor_names(row["name"])
+            name_A, name_B = factor_names(row)
             return stored_tensor(self._out, self._infos, name_A), stored_tensor(self._out, self._infos, name_B)
         place = peft_adapter.StackedFactors(**row["stacked"])
         return place.views(self._read(place.lora_A), self._read(place.lora_B))
@@ -53,6 +62,11 @@ class Factors:
                 del self._whole[next(iter(self._whole))]
             self._whole[name] = stored_tensor(self._out, self._infos, name)
         return self._whole[name]
+
+
+def factor_names(row: dict[str, Any]) -> tuple[str, str]:
+    """The names of the factors of a row of the report, as they are stored."""
+    return peft_adapter.tensor_names(row["name"], "embedding" in row)
 
 
 def place_of(row: dict[str, Any]) -> Place:

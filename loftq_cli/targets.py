@@ -19,6 +19,7 @@ from loftq_cli import lean
 from loftq_cli.agreement import refuse_disagreement
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.embeddings import TokenEmbedding, find_embeddings
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import FLOATS, ExpertSlot, ExpertStack, find_experts
 from loftq_cli.heads import Head, choose_head
@@ -29,6 +30,7 @@ from loftq_cli.meta_model import (
     find_auto_class,
     model_classes,
     renamed_keys,
+    retargeted_by_peft,
     state_keys,
 )
 
@@ -60,6 +62,7 @@ class Targets:
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
         head: the task type for PEFT, and what it makes of the model's head.
         output_head: tensor and module of a head that is tied to nothing, and a linear layer; it is among the skipped.
+        embeddings: tables that tokens are looked up in, by tensor; they are among the skipped.
         note: what the user must know about how the layers were found, or None.
     """
 
@@ -77,6 +80,7 @@ class Targets:
     transposed: frozenset[str] = frozenset()
     experts: dict[str, ExpertSlot] = field(default_factory=dict)
     output_head: tuple[str, str] | None = None
+    embeddings: dict[str, TokenEmbedding] = field(default_factory=dict)
     note: str | None = None
 
     @property
@@ -136,7 +140,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     module_of = {name: module for name, key in keys.items() if (module := key.rpartition(".")[0]) in modules}
     head = model.get_output_embeddings()
     tied = _tied_names(model)
-    retargeted = _retargeted_by_peft(checkpoint.config.get("model_type"))
+    retargeted = retargeted_by_peft(checkpoint.config.get("model_type"))
     in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
     inside = {id(module) for module in base.modules()} if isinstance(base, torch.nn.Module) else None
@@ -212,16 +216,8 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         | {tensor for tensor, slot in experts.items() if slot.transposed},
         experts=experts,
         output_head=output_head,
+        embeddings=find_embeddings(model, checkpoint.tensors, module_of),
     )
-
-
-def _retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:
-    """Last names that PEFT rewrites to fused experts while it loads an adapter (`_convert_peft_config_moe`)."""
-    from transformers import conversion_mapping
-
-    patterns = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
-    names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
-    return names.get(patterns.get(model_type or "", ""), ())
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -22,7 +22,7 @@ from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
-from loftq_cli.stored import Factors, stored_tensor, stored_weight
+from loftq_cli.stored import Factors, factor_names, stored_tensor, stored_weight
 from loftq_cli.worker import hash_tensor, relative
 
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
@@ -112,10 +112,10 @@ def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
 def check_tensors(out: Path, row: dict[str, Any], infos: dict[str, TensorInfo], factors: Factors) -> list[str]:
     """What is wrong with the stored tensors and the factors of one row of the report, by their hashes."""
     violations = []
-    names = peft_adapter.tensor_names(row["name"]) if row["rank"] else ()
+    names = factor_names(row) if row["rank"] else ()
     for tensor, expected in row["sha256"].items():
         try:
-            stored = factors.of(row)[names.index(tensor)] if tensor in names else stored_tensor(out, infos, tensor)
+            stored = factors.stored(row)[names.index(tensor)] if tensor in names else stored_tensor(out, infos, tensor)
         except LoftqError:
             violations.append(f"`{tensor}` of `{row['tensor']}` is in no file")
             continue

@@ -15,7 +15,17 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import to_store
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.methods import GRAM_METHODS, METHODS, Decomposition, Inputs, seed_for, squared_norm, without_factors
+from loftq_cli.methods import (
+    GRAM_METHODS,
+    METHODS,
+    Decomposition,
+    Inputs,
+    embedding_start,
+    seed_for,
+    squared_norm,
+    without_factors,
+    zero_start,
+)
 from loftq_cli.methods.trained import Fit
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import residual as residual_of
@@ -32,6 +42,7 @@ class WeightRow:
     dtype: str  # of the weight once loaded, see `WeightJob`
     transposed: bool | None  # in the source's file
     expert: int | None  # which expert's it is
+    embedding: bool | None  # a table of tokens, whose adapter is stored as PEFT has those of embeddings
     shape: tuple[int, int]
     bits: int
     group_size: int
@@ -115,14 +126,16 @@ class BatchResult:
         seconds = sum(self.watch.seconds().values()) / len(self.batch.jobs)
         for i, job in enumerate(self.batch.jobs):
             iterations, norm, before, after = self.measured[i].tolist()
-            names = peft_adapter.tensor_names(job.module)
-            adapter = {name: factor[i] for name, factor in zip(names, self.factors, strict=True)} if job.rank else {}
+            lora_A, lora_B = (factor[i] for factor in self.factors)
+            factors = peft_adapter.of_embedding(lora_A, lora_B) if job.embedding else (lora_A, lora_B)
+            adapter = dict(zip(job.factor_names, factors, strict=True)) if job.rank else {}
             row = WeightRow(
                 name=job.module,
                 tensor=job.tensor,
                 dtype=str(job.dtype).removeprefix("torch."),
                 transposed=job.transposed or None,
                 expert=None if job.expert is None else job.expert.expert,
+                embedding=job.embedding or None,
                 shape=job.shape,
                 bits=job.bits,
                 group_size=job.group_size,
@@ -179,8 +192,9 @@ def decompose(
         return method(target, quantizer, config.rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
     W = weights if weights.is_cuda else weights.float()
+    start = embedding_start if batch.first.embedding else zero_start
     return METHODS.get(name, METHODS["loftq"])(
-        W, quantizer, batch.first.rank, iters=config.iters, seeds=seeds, timed=watch
+        W, quantizer, batch.first.rank, iters=config.iters, seeds=seeds, start=start, timed=watch
     )
 
 

@@ -129,6 +129,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             transposed=False,
             rank=RANK,
             expert=None,
+            embedding=False,
         )
         for name, layer in linears.items()
         if name not in skipped
@@ -140,7 +141,12 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             **TARGETS, head=Head("CAUSAL_LM"), module_names=tuple(name for name, _ in model.named_modules())
         ),
         config=SimpleNamespace(
-            rank=RANK, alpha=2.0 * RANK, rslora=False, double_quant=double_quant, quantize_head=False
+            rank=RANK,
+            alpha=2.0 * RANK,
+            rslora=False,
+            double_quant=double_quant,
+            quantize_head=False,
+            quantize_embeddings=False,
         ),
         block_paths=("model.layers",),
     )
@@ -487,7 +493,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "skipped_linears": ("lm_head",),
         "targets": SimpleNamespace(**{name: overrides.pop(name, value) for name, value in TARGETS.items()}),
         "block_paths": tuple(paths),
-        "config": SimpleNamespace(double_quant=False, quantize_head=False),
+        "config": SimpleNamespace(double_quant=False, quantize_head=False, quantize_embeddings=False),
     }
     return SimpleNamespace(**{**fields, **overrides})
 

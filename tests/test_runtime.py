@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loftq_cli import quantize
-from loftq_cli.runtime import PackedConfig, PackedLinear, Scheme
+from loftq_cli.runtime import PackedConfig, PackedEmbedding, PackedLinear, Scheme
 from tests.conftest import save_llama
 
 TOKENS = torch.arange(16)[None] * 7
@@ -31,6 +31,7 @@ OPTIONS = {
     "rank": 4,
     "alpha": 6.0,
     "skip": ("model.layers.1.mlp.up_proj",),
+    "quantize_embeddings": True,
 }
 
 
@@ -180,9 +181,9 @@ def edited(out: Path, folder: Path, old: str, new: str) -> Path:
 
 
 def test_names_that_the_model_has_not_are_no_silence(outputs: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has 0 of the 13 packed layers.* no `model\.layer\.0\."):
-        load(edited(outputs[0], tmp_path / "all", "layers", "layer"))
-    with pytest.warns(UserWarning, match=r"has 8 of the 13 packed layers.* no `model\.layers\.0\.ffn\."):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has 0 of the 14 packed layers.* no `decoder\."):
+        load(edited(outputs[0], tmp_path / "all", "model.", "decoder."))
+    with pytest.warns(UserWarning, match=r"has 9 of the 14 packed layers.* no `model\.layers\.0\.ffn\."):
         load(edited(outputs[0], tmp_path / "some", ".mlp.", ".ffn."))
     with pytest.raises(ValueError, match=r"`model\.layers\.0\.mlp` is packed in the checkpoint, and a LlamaMLP"):
         load(edited(outputs[0], tmp_path / "other", "0.mlp.gate_proj", "0.mlp"))
@@ -576,8 +577,9 @@ def test_gradients_are_those_of_the_dense_base(outputs: tuple[Path, Path], dora:
     for out in outputs:
         base = load(out, dtype=torch.float32) if dora else load(out)
         if out == outputs[1] and dora:  # the dense file's values are rounded, the packed layer's are not
-            for name, layer in packed_layers(load(outputs[0], dtype=torch.float32)).items():
-                base.get_submodule(name).weight.data = layer.dequantize(torch.float32)
+            for name, layer in load(outputs[0], dtype=torch.float32).named_modules():
+                if isinstance(layer, PackedLinear | PackedEmbedding):
+                    base.get_submodule(name).weight.data = layer.dequantize(torch.float32)
         if dora:
             torch.manual_seed(0)
             targets = ["q_proj", "v_proj", "down_proj"]
@@ -589,7 +591,7 @@ def test_gradients_are_those_of_the_dense_base(outputs: tuple[Path, Path], dora:
         found.append(trained_gradients(model, checkpointing))
     ours, wanted = found
     assert ours.keys() == wanted.keys()
-    assert len(ours) == (3 * 3 * 2 if dora else 13 * 2)
+    assert len(ours) == (3 * 3 * 2 if dora else 14 * 2)
     for name, gradient in ours.items():
         assert wanted[name].norm() > 0
         assert close(gradient, wanted[name], 1e-4 if dora else 0), name

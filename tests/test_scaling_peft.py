@@ -33,7 +33,9 @@ RANK = 4
 def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     return SimpleNamespace(
-        jobs=tuple(SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None) for name in linears),
+        jobs=tuple(
+            SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None, embedding=False) for name in linears
+        ),
         targets=SimpleNamespace(head=Head("CAUSAL_LM"), stacks=[]),
         config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
     )
@@ -138,7 +140,7 @@ def test_config_has_no_key_that_peft_lacks() -> None:
 
     options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
     plan = SimpleNamespace(
-        jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None),),
+        jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None, embedding=False),),
         targets=SimpleNamespace(head=Head(None), stacks=[]),
         config=options,
     )

@@ -43,6 +43,8 @@ def why_not(plan: Plan) -> str | None:
     """Refuse what bitsandbytes has no NF4 for, and module names that its loader would mix up."""
     if plan.config.quantize_head:
         return "output heads are quantized in `packed` and `dense`"
+    if plan.config.quantize_embeddings:
+        return "embeddings are quantized in `packed` and `dense`"
     if expert := next((job for job in plan.jobs if job.expert is not None), None):
         return f"its loader would leave experts in 16 bits (`{expert.module}`)"
     for job in plan.jobs:

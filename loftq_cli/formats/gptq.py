@@ -47,6 +47,8 @@ def why_not(plan: Plan) -> str | None:
     """Refuse what optimum and GPTQModel would not load, or would load as something else."""
     if plan.config.quantize_head:
         return "output heads are quantized in `packed` and `dense`"
+    if plan.config.quantize_embeddings:
+        return "embeddings are quantized in `packed` and `dense`"
     return _why_not_model(plan) or _why_not_jobs(plan)
 
 

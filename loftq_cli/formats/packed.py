@@ -1,6 +1,7 @@
 """`packed`: dense codes of 2, 3, 4 or 8 bits, for a grid or any codebook, loaded by `loftq_cli.runtime`.
 
-Stored for each weight [m, n] with groups of g inputs, G = ceil(n / g) of them in a row, under its module's name:
+Stored for each weight [m, n] with groups of g inputs, G = ceil(n / g) of them in a row, under its module's name (of a
+table of embeddings, m tokens of n features):
 
     codes        int32 [m, ceil(n bits / 32)]   one little-endian bit stream a row, see `quantizers.packing.pack`
     codebook     float32 [2**bits]              `W ≈ codebook[codes] · scale`; without it `(codes − zero_point) · scale`
@@ -60,7 +61,9 @@ TRAVELLING = (  # of this package
     "kernels/product",
     "runtime/unpacking",
     "runtime/scheme",
+    "runtime/weight",
     "runtime/layer",
+    "runtime/embedding",
     "runtime/experts",
     "runtime/hf",
 )

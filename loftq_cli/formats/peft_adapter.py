@@ -23,9 +23,20 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def tensor_names(module: str) -> tuple[str, str]:
-    """The names of `lora_A` and `lora_B` in adapter_model.safetensors, for the module name of the loaded model."""
+def tensor_names(module: str, embedding: bool = False) -> tuple[str, str]:
+    """The names of the factors in adapter_model.safetensors, for the module name of the loaded model."""
+    if embedding:
+        return f"base_model.model.{module}.lora_embedding_A", f"base_model.model.{module}.lora_embedding_B"
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def of_embedding(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """`lora_A` [r, n] and `lora_B` [m, r] of a table [m, n] as PEFT has them there; or these as `lora_A`, `lora_B`.
+
+    It looks tokens up in `lora_embedding_A` [r, m], and multiplies by `lora_embedding_B` [n, r]: each is the other
+    factor, transposed.
+    """
+    return second.mT.contiguous(), first.mT.contiguous()
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,9 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     alpha = plan.config.alpha
     assert alpha is not None, "a plan has decided it"
     head = plan.targets.head
-    modules = (job.module for job in plan.jobs if job.rank and job.expert is None)
+    modules = (job.module for job in plan.jobs if job.rank and job.expert is None and not job.embedding)
+    # by their whole names: where the last part is `embed_tokens`, PEFT would save the base's table with the adapter
+    tables = [job.module for job in plan.jobs if job.rank and job.embedding]
     parameters = target_parameters(plan)
     pattern = {name: pieces for name, pieces in parameters.items() if pieces > 1}
     return {
@@ -94,7 +107,7 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         "r": plan.config.rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": plan.config.rslora,
-        "target_modules": target_modules(modules, all_module_names),
+        "target_modules": [*target_modules(modules, all_module_names), *tables],
         **({"target_parameters": sorted(parameters)} if parameters else {}),
         "rank_pattern": {name: plan.config.rank * pieces for name, pieces in pattern.items()},
         # with which PEFT has the same scaling for all

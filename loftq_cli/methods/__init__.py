@@ -8,7 +8,7 @@ from loftq_cli.methods.cloq import cloq
 from loftq_cli.methods.inputs import GramMethod, Inputs
 from loftq_cli.methods.loftq import loftq
 from loftq_cli.methods.qera import qera
-from loftq_cli.methods.qlora import qlora, without_factors
+from loftq_cli.methods.qlora import embedding_start, qlora, without_factors, zero_start
 
 METHODS: dict[str, Method] = {
     "loftq": loftq,
@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "Timed",
     "cloq",
+    "embedding_start",
     "loftq",
     "qera",
     "qlora",
@@ -36,4 +37,5 @@ __all__ = [
     "squared_norm",
     "untimed",
     "without_factors",
+    "zero_start",
 ]

@@ -19,6 +19,7 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 
 RUN = 1024  # weights
 
+Start = Callable[[Tensor, int, Sequence[int]], LowRankFactors]  # of weights, rank and seeds: see `zero_start`
 Timed = Callable[[str], AbstractContextManager[None]]  # wraps the stages "quantize" and "low_rank"
 
 
@@ -47,7 +48,15 @@ class Method(Protocol):
     """A method is one function; one row in `METHODS` adds it."""
 
     def __call__(
-        self, W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seeds: Sequence[int], timed: Timed = untimed
+        self,
+        W: Tensor,
+        quantizer: Quantizer,
+        rank: int,
+        *,
+        iters: int,
+        seeds: Sequence[int],
+        start: Start = ...,
+        timed: Timed = untimed,
     ) -> Decomposition:
         """Decompose `W` [B, m, n], of any float dtype, deterministically, on its device.
 
@@ -57,6 +66,7 @@ class Method(Protocol):
             rank: of the factors.
             iters: alternations.
             seeds: those of the weights (`seed_for`).
+            start: makes the factors of an adapter that begins at zero.
             timed: wraps the stages "quantize" and "low_rank".
         """
         ...

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from loftq_cli.lowrank import LowRankFactors, uniform
-from loftq_cli.methods.base import Decomposition, Timed, untimed
+from loftq_cli.methods.base import Decomposition, Start, Timed, untimed
 from loftq_cli.quantizers.base import Quantizer, quantize_residual
-
-
-def qlora(
-    W: Tensor, quantizer: Quantizer, rank: int, *, iters: int, seeds: Sequence[int], timed: Timed = untimed
-) -> Decomposition:
-    """Quantize `W` [B, m, n]; `iters` is not used."""
-    with timed("quantize"):
-        quantized = quantizer.quantize(W.float().flatten(0, 1))
-    iterations = torch.zeros(len(W), dtype=torch.int64, device=W.device)
-    start = zero_start(W, rank, seeds)
-    return Decomposition(quantized, start, start, iterations)
-
-
-def without_factors(W: Tensor, quantizer: Quantizer, *, timed: Timed = untimed) -> Decomposition:
-    """Quantize `W` [B, m, n], and have no adapter: factors of rank 0."""
-    B, m, n = W.shape
-    with timed("quantize"):
-        quantized, _ = quantize_residual(quantizer, W)
-    none = LowRankFactors(
-        torch.zeros(B, 0, n, device=W.device),
-        torch.zeros(B, m, 0, device=W.device),
-        torch.zeros(B, dtype=torch.float64, device=W.device),
-    )
-    return Decomposition(quantized, none, none, torch.zeros(B, dtype=torch.int64, device=W.device))
 
 
 def zero_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:
@@ -47,3 +24,41 @@ def zero_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:
         torch.zeros(B, m, rank, device=W.device),
         torch.zeros(B, dtype=torch.float64, device=W.device),
     )
+
+
+def embedding_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:
+    """As `zero_start`, for tables [B, m, n] of m tokens: lora_A is standard normal, as PEFT draws it there."""
+    zero = zero_start(W, rank, seeds)
+    cells = uniform(seeds, rank, W.shape[2], W.device).add_(2.0**-24)  # the middles of cells: none is -1
+    return replace(zero, lora_A=cells.erfinv_().mul_(2**0.5))
+
+
+def qlora(
+    W: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    *,
+    iters: int,
+    seeds: Sequence[int],
+    start: Start = zero_start,
+    timed: Timed = untimed,
+) -> Decomposition:
+    """Quantize `W` [B, m, n]; `iters` is not used."""
+    with timed("quantize"):
+        quantized = quantizer.quantize(W.float().flatten(0, 1))
+    iterations = torch.zeros(len(W), dtype=torch.int64, device=W.device)
+    zero = start(W, rank, seeds)
+    return Decomposition(quantized, zero, zero, iterations)
+
+
+def without_factors(W: Tensor, quantizer: Quantizer, *, timed: Timed = untimed) -> Decomposition:
+    """Quantize `W` [B, m, n], and have no adapter: factors of rank 0."""
+    B, m, n = W.shape
+    with timed("quantize"):
+        quantized, _ = quantize_residual(quantizer, W)
+    none = LowRankFactors(
+        torch.zeros(B, 0, n, device=W.device),
+        torch.zeros(B, m, 0, device=W.device),
+        torch.zeros(B, dtype=torch.float64, device=W.device),
+    )
+    return Decomposition(quantized, none, none, torch.zeros(B, dtype=torch.int64, device=W.device))

@@ -1,5 +1,6 @@
 """Import this to load `packed` checkpoints with transformers: it registers their quantization method."""
 
+from loftq_cli.runtime.embedding import PackedEmbedding
 from loftq_cli.runtime.experts import PackedExperts
 from loftq_cli.runtime.hf import PackedConfig, PackedQuantizer, register
 from loftq_cli.runtime.layer import PackedLinear
@@ -7,4 +8,4 @@ from loftq_cli.runtime.scheme import Scheme
 
 register(again=True)
 
-__all__ = ["PackedConfig", "PackedExperts", "PackedLinear", "PackedQuantizer", "Scheme"]
+__all__ = ["PackedConfig", "PackedEmbedding", "PackedExperts", "PackedLinear", "PackedQuantizer", "Scheme"]

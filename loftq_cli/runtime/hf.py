@@ -15,9 +15,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from loftq_cli.runtime.embedding import PackedEmbedding
 from loftq_cli.runtime.experts import PackedExpert, PackedExperts, pack_experts, packed_pieces, unpack_experts
-from loftq_cli.runtime.layer import PackedLinear, become_dense
+from loftq_cli.runtime.layer import PackedLinear
 from loftq_cli.runtime.scheme import Scheme
+from loftq_cli.runtime.weight import PackedLayer, become_dense
 
 METHOD = "loftq_packed"
 DTYPES_OF_BUFFERS = {  # by the ends of their names
@@ -70,7 +72,7 @@ class PackedQuantizer(HfQuantizer):
         """Replace the named layers, on the meta device, where the loader then fills their buffers.
 
         Raises:
-            ValueError: the model has none of these names, or one is no plain linear layer.
+            ValueError: the model has none of these names, or one is no plain linear layer and no plain embedding.
         """
         schemes = self.quantization_config.by_module()
         experts = self.quantization_config.experts
@@ -92,12 +94,9 @@ class PackedQuantizer(HfQuantizer):
 
                 pack_experts(layer, pieces, scheme)
                 continue
-            if not isinstance(layer, nn.Linear | Conv1D):
+            if not isinstance(layer, nn.Linear | Conv1D) and type(layer) is not nn.Embedding:
                 raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
-            n, m = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
-            with torch.device("meta"):
-                packed = PackedLinear(n, m, layer.bias is not None, schemes[named], layer.weight.dtype)
-            model.set_submodule(name, packed)
+            model.set_submodule(name, _packed_like(layer, schemes[named]))
         if absent:
             found = f"{wanted - len(absent)} of the {wanted} packed layers of the checkpoint"
             text = f"{type(model).__name__} has {found}; it has no `{next(iter(absent))}`"
@@ -114,7 +113,7 @@ class PackedQuantizer(HfQuantizer):
         devices = set(getattr(model, "hf_device_map", {}).values())
         marked = len(devices) <= 1 and "disk" not in devices  # else accelerate has moved the tensors, without the marks
         for name, layer in model.named_modules():
-            for key, buffer in layer.named_buffers() if isinstance(layer, PackedLinear | PackedExpert) else ():
+            for key, buffer in layer.named_buffers() if isinstance(layer, PackedLayer | PackedExpert) else ():
                 if marked and not getattr(buffer, "_is_hf_initialized", False):
                     raise ValueError(f"the checkpoint has no tensor for `{name}.{key}`")
                 if buffer.dtype not in DTYPES_OF_BUFFERS[next(end for end in DTYPES_OF_BUFFERS if key.endswith(end))]:
@@ -123,7 +122,7 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a saved config has it
         for layer in list(model.modules()):
-            if isinstance(layer, PackedLinear):
+            if isinstance(layer, PackedLayer):
                 become_dense(layer, layer.dequantize(named or layer.compute_dtype))
             elif isinstance(layer, PackedExperts):
                 unpack_experts(layer, named or layer.compute_dtype)
@@ -132,7 +131,7 @@ class PackedQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained`, ahead of config.json: no longer name layers that a merge has made dense."""
-        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
         if any(name.endswith(".base_layer") for name in packed):  # as they are called while an adapter is attached
             return None, {}
         _forget_code(model)
@@ -161,6 +160,15 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on it are."""
         return True
+
+
+def _packed_like(layer: nn.Linear | Conv1D | nn.Embedding, scheme: Scheme) -> PackedLayer:
+    """A packed layer to stand for `layer`, on the meta device."""
+    m, n = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+    with torch.device("meta"):
+        if isinstance(layer, nn.Embedding):
+            return PackedEmbedding(m, n, layer.padding_idx, scheme, layer.weight.dtype)
+        return PackedLinear(n, m, layer.bias is not None, scheme, layer.weight.dtype)
 
 
 def _forget_code(model: Any) -> None:

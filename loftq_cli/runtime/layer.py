@@ -7,17 +7,16 @@ This file, and what it imports, also travels inside checkpoints (see `loftq_cli.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from loftq_cli.kernels.packed import Packed
-from loftq_cli.runtime.scheme import Scheme, keeping_dtypes
+from loftq_cli.runtime.scheme import Scheme
 from loftq_cli.runtime.unpacking import dequantize, multiply
+from loftq_cli.runtime.weight import PackedLayer
 
 
 class Unpackable(Protocol):
@@ -28,74 +27,23 @@ class Unpackable(Protocol):
         ...
 
 
-class PackedLinear(nn.Linear):
-    """`nn.Linear` with packed codes in place of the weight; frozen, but for the bias.
+class PackedLinear(PackedLayer, nn.Linear):
+    """`nn.Linear` with packed codes in place of the weight; frozen, but for the bias."""
 
-    `weight` reads as an ordinary tensor, made when it is used; whoever assigns to it, or to its `data`, as a merge of
-    LoRA does, turns this layer into a plain `nn.Linear` that holds what was assigned.
-    """
-
-    codes: Tensor
-    codebook: Tensor
-    zero_point: Tensor
-    scale: Tensor
-    scale_absmax: Tensor
-    scale_offset: Tensor
+    plain = nn.Linear
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # not Linear's, which would allocate the weight
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.compute_dtype = dtype  # that of `weight`; `forward` computes in the dtype of its input
-        for name, buffer in scheme.empty(out_features, in_features).items():
-            self.register_buffer(name, buffer)
+        self.make_room(out_features, in_features, scheme, dtype)
+        self.in_features, self.out_features = in_features, out_features
         nn.Module.register_parameter(
             self, "bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         )
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight [m, n]: computed in float32, rounded to `dtype`."""
-        return dequantize(self.packed(), dtype)
-
-    def packed(self) -> Packed:
-        """The tensors, by the names of `formats.packed`."""
-        tensors: Any = self._buffers.get  # quicker than attributes of modules: in generation microseconds count
-        return self.scheme.packed(self.out_features, self.in_features, tensors)
-
     def forward(self, input: Tensor) -> Tensor:
-        """`input @ weight.T + bias`."""
+        """`input @ weight.T + bias`, in the dtype of `input`."""
         if not isinstance(self, PackedLinear):  # dense by now, and called by who kept this method, as accelerate does
             return nn.functional.linear(input, self.weight, self.bias)
         return product(input, self, self.bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, made when it is used."""
-        return _DenseWhenUsed(self)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.weight.data = value
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As `nn.Module`, which would find `weight` taken."""
-        if name == "weight" and param is not None:
-            self.weight.data = param
-        else:
-            super().register_parameter(name, param)
-
-    def extra_repr(self) -> str:
-        """Sizes and scheme."""
-        s = self.scheme
-        return (
-            f"{super().extra_repr()}, bits={s.bits}, group_size={s.group_size}, grid={s.grid}, "
-            f"double_quant={s.double_quant}"
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move codes and scales, but never cast them: `to(dtype)` changes what is computed, not what is stored."""
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
-        super()._apply(keeping_dtypes(fn, {id(buffer) for buffer in self._buffers.values()}), recurse)
-        return self
 
 
 def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
@@ -110,16 +58,6 @@ def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
     # flat, for a view that is made within a function of autograd cannot be written into
     output: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), bias, packed)
     return output.view(*x.shape[:-1], packed.shape[0])
-
-
-def become_dense(layer: PackedLinear, weight: Tensor) -> None:
-    """Turn `layer` into a plain `nn.Linear` with this weight."""
-    for name in list(layer._buffers):
-        del layer._buffers[name]
-    layer.__class__ = nn.Linear  # type: ignore[assignment]
-    with torch.inference_mode(False):  # whose tensors could not be trained with
-        plain = weight.clone() if weight.is_inference() else weight.detach()
-        layer.weight = nn.Parameter(plain, requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
@@ -139,118 +77,3 @@ class _Product(torch.autograd.Function):
             gradient.sum(0) if to_bias else None,
             None,
         )
-
-
-class _DenseWhenUsed(Tensor):
-    """What `PackedLinear.weight` returns: size, dtype and device are known, the values are made when they are used.
-
-    Whatever writes into it makes the layer dense. Its views (`weight[0]`, `weight.T`) hold values already, which the
-    layer would not see changed: writing into them raises.
-    """
-
-    layer: PackedLinear
-    piece: Tensor | None  # what a view of it sees, else None
-
-    @staticmethod
-    def __new__(cls, layer: PackedLinear, piece: Tensor | None = None) -> _DenseWhenUsed:
-        made: _DenseWhenUsed = Tensor._make_wrapper_subclass(
-            cls,
-            (layer.out_features, layer.in_features) if piece is None else piece.shape,
-            strides=None if piece is None else piece.stride(),
-            storage_offset=None if piece is None else piece.storage_offset(),
-            dtype=layer.compute_dtype if piece is None else piece.dtype,
-            device=layer.codes.device if piece is None else piece.device,
-            requires_grad=False,
-        )
-        made.layer, made.piece = layer, piece
-        made._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers: do not fill it at random
-        return made
-
-    def __init__(self, layer: PackedLinear, piece: Tensor | None = None) -> None:
-        pass
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Compute with the dense values; what writes into them makes the layer dense."""
-        kwargs = kwargs or {}
-        schema = func._schema
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        views = views and isinstance(args[0].layer, PackedLinear)  # else they are views of what it has become
-        if views and args[0].piece is None and func is torch.ops.aten.detach.default:
-            return cls(args[0].layer)
-        values = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)]
-        writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-        leaves = tree_leaves([value for value, write in zip(values, writes, strict=True) if write])
-        written = [leaf for leaf in leaves if isinstance(leaf, cls)]
-        if any(weight.piece is not None for weight in written):
-            raise RuntimeError(
-                f"{func} into a view of a packed weight would be lost: write into a clone, and assign it"
-            )
-        made: dict[int, Tensor] = {}
-
-        def dense(weight: _DenseWhenUsed) -> Tensor:
-            if id(weight) not in made:
-                made[id(weight)] = weight._dense()
-            return made[id(weight)]
-
-        result = func(*tree_map_only(cls, dense, args), **tree_map_only(cls, dense, kwargs))
-        for weight in written:
-            weight.data = made[id(weight)]
-        return tree_map_only(Tensor, lambda piece: cls(args[0].layer, piece), result) if views else result
-
-    def _dense(self) -> Tensor:
-        """The values: of the layer, or of what it has become."""
-        if self.piece is not None:
-            return self.piece
-        layer = self.layer
-        return layer.dequantize(self.dtype) if isinstance(layer, PackedLinear) else layer.weight.detach()
-
-    @property
-    def data(self) -> Tensor:
-        """This tensor, so that what is written into it is not lost."""
-        return self
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        if isinstance(value, _DenseWhenUsed):
-            if value.layer is self.layer and value.piece is None:  # its own weight: nothing is new
-                return
-            value = value._dense()
-        if self.piece is not None:
-            raise RuntimeError("a view of a packed weight cannot be assigned to: assign to the weight")
-        if isinstance(self.layer, PackedLinear):
-            become_dense(self.layer, value)
-        else:
-            self.layer.weight.data = value
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """An ordinary tensor, whatever the dtype: a start that works on a copy in float32 gets one in any case."""
-        return self._dense().to(*args, **kwargs)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The values."""
-        return self._dense().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """The values."""
-        return self._dense().tolist()
-
-
-def _into_layer(operator: str) -> Callable[[_DenseWhenUsed, Any], Tensor]:
-    """`w += d` and its like: `w` is then the layer's new weight itself, for whoever puts `w` back into the layer."""
-    compute = getattr(Tensor, operator)
-
-    def apply(weight: _DenseWhenUsed, other: Any) -> Tensor:
-        result: Tensor = compute(weight, other)
-        changed = not isinstance(weight.layer, PackedLinear) and weight.piece is None
-        return weight.layer.weight.detach() if changed else result
-
-    return apply
-
-
-for _operator in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
-    setattr(_DenseWhenUsed, _operator, _into_layer(_operator))

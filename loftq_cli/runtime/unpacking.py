@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels.packed import Packed
+from loftq_cli.kernels.packed import NESTED_BLOCK, Packed
 from loftq_cli.quantizers.nested import NestedScale, unnest
 from loftq_cli.quantizers.packing import unpack
 
@@ -50,7 +50,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 def by_torch(packed: Packed, dtype: torch.dtype) -> Tensor:
     """`dequantize` without a kernel, some rows at a time."""
-    (m, n), g, bits = packed.shape, packed.group_size, packed.bits
+    (m, n), bits = packed.shape, packed.bits
     result = torch.empty(m, n, dtype=dtype, device=packed.codes.device)
     if result.is_meta:
         return result
@@ -58,13 +58,45 @@ def by_torch(packed: Packed, dtype: torch.dtype) -> Tensor:
     step = max(1, CHUNK.get(result.device.type, CHUNK["cpu"]) // n)
     for start in range(0, m, step):
         rows = slice(start, start + step)
-        codes = unpack(packed.codes[rows], bits, n)
-        if packed.codebook is not None:
-            values = packed.codebook.index_select(0, codes.view(-1).int()).view(codes.shape)
-        else:
-            values = codes.float().sub_(spread(zero_point[rows], g, n))
-        result[rows] = values.mul_(spread(scale[rows], g, n))
+        result[rows] = _values(packed, unpack(packed.codes[rows], bits, n), scale[rows], zero_point[rows])
     return result
+
+
+def rows_by_torch(packed: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of `dequantize(packed, dtype)` that `index` [k] names, [k, n]; no others are unpacked."""
+    n = packed.shape[1]
+    result = torch.empty(len(index), n, dtype=dtype, device=packed.codes.device)
+    if result.is_meta:
+        return result
+    step = max(1, CHUNK.get(result.device.type, CHUNK["cpu"]) // n)
+    for start in range(0, len(index), step):
+        some = index[start : start + step]
+        codes = unpack(packed.codes.index_select(0, some), packed.bits, n)  # which refuses what is no row
+        result[start : start + step] = _values(packed, codes, *_row_scales(packed, some))
+    return result
+
+
+def _values(packed: Packed, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What codes [rows, n] stand for, with the scales and zero points of their groups [rows, G]: float32."""
+    g, n = packed.group_size, packed.shape[1]
+    if packed.codebook is not None:
+        values = packed.codebook.index_select(0, codes.view(-1).int()).view(codes.shape)
+    else:
+        values = codes.float().sub_(spread(zero_point, g, n))
+    return values.mul_(spread(scale, g, n))
+
+
+def _row_scales(packed: Packed, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales and zero points of some rows [k]: `scales(packed)[index]` and `zero_points(packed)[index]`."""
+    scale, bits = packed.scale.index_select(0, index), packed.bits
+    group = index[:, None].long() * scale.shape[1] + torch.arange(scale.shape[1], device=index.device)
+    if packed.absmax is not None and packed.levels is not None and packed.offset is not None:
+        scale = packed.levels[scale.int()] * packed.absmax[group // NESTED_BLOCK] + packed.offset
+    if packed.zero_point is None:
+        return scale.float(), zero_points(packed)[:1].expand(scale.shape)
+    words, bit = packed.zero_point, group * bits  # codes of one stream, which may straddle two words
+    low, high = (words[(bit // 32 + i).clamp_(max=len(words) - 1)].long() & 0xFFFFFFFF for i in (0, 1))
+    return scale.float(), (((high << 32 | low) >> bit % 32) & (2**bits - 1)).float()
 
 
 def scales(packed: Packed) -> Tensor:
