@@ -29,7 +29,7 @@ name = "bnb"
 requirements: tuple[str, ...] = ("bitsandbytes>=0.46.1",)
 quantizers: tuple[str, ...] = ("nf",)
 load_notes: tuple[str, ...] = (
-    "on CPUs with AVX512-BF16, an eval-mode forward makes bitsandbytes repack its weights for inference, and gradients, "
+    "on CPUs with AVX512-BF16, an eval-mode forward makes bitsandbytes repack its weights for inference; gradients, "
     "and outputs of an adapter attached later, are wrong from then on: call `.train()` before the first forward, or "
     "first set `support_avx512bf16_for_cpu = False` on every `Linear4bit`",
 )
