@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,13 @@ from rich.filesize import decimal as size
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.card import with_perplexity
-from loftq_cli.checkpoint.files import read_json, write_file
+from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
 from loftq_cli.control import sentence
-from loftq_cli.errors import LoftqError, again
+from loftq_cli.errors import Interrupted, LoftqError, again
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
@@ -151,17 +152,19 @@ def report(
     output.result(f"\nCheck it:\n\n  {check}")
 
 
-def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
+def prepare_push(output: Out, repo_id: str, private: bool) -> None:
     """Refuse before a run what would keep its output from being pushed."""
-    pushing.open_repo(repo_id, private, None, read_json(out / REPORT_FILE).get("files", {}), output.note)
+    pushing.open_repo(repo_id, private, None, output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
     output.note(f"pushing to {repo_id}")
     pushed = None
+    flags = ["--private"] if private else []
     try:
-        pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
+        with _going_on(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
+            pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
     finally:
         report(output, made, out, source, pushed)
     _pushed(output, pushed, made)
@@ -188,9 +191,19 @@ def push(
         rows.append(("all", f"{parcel.total_bytes:,}"))
         output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
         return
-    pushed = pushing.push(parcel, private=private, message=message, note=output.note)
+    with _going_on("the same command goes on: what is there is not sent again"):
+        pushed = pushing.push(parcel, private=private, message=message, note=output.note)
     output.data(asdict(pushed))
     _pushed(output, pushed, parcel.report)
+
+
+@contextmanager
+def _going_on(hint: str) -> Iterator[None]:
+    """Say of an interrupted push how it is finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; what has arrived is kept", hint) from None
 
 
 def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
