@@ -36,6 +36,9 @@ def model(sharded_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = Path(shutil.copytree(sharded_llama, tmp_path_factory.mktemp("model") / "secret place" / "tiny"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# Tiny\n")
     (folder / "LICENSE").write_text("do as you like\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(folder), "of_a_part": {"_name_or_path": str(folder)}}  # as older transformers saved
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
