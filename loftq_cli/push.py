@@ -172,11 +172,11 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     """The files that are not sent as they lie: those that name the base by its place, or a folder of this machine."""
     adapter = json.loads((out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     branch = branch_of(revision)
-    named = [(PLACEHOLDER, None), (str(adapter["base_model_name_or_path"]), adapter.get("revision"))]
     card = (out / CARD_FILE).read_text(encoding="utf-8")
-    for place, of_branch in named:
-        old, new = load_lines(report, place, of_branch), load_lines(report, repo_id, branch)
-        card = card.replace("\n".join(old), "\n".join(new))
+    here, there = str(adapter["base_model_name_or_path"]), adapter.get("revision")
+    new = "\n".join(load_lines(report, repo_id, branch, on_hub=True))
+    for old in (load_lines(report, PLACEHOLDER), load_lines(report, here, there, on_hub=True)):  # made, or from the Hub
+        card = card.replace("\n".join(old), new)
     adapter |= {"base_model_name_or_path": repo_id, "revision": branch}
     source, config = dict(report["source"]), dict(report["config"])
     if source["revision"] is None:

@@ -65,6 +65,7 @@ def build_report(
             "auto_class": plan.targets.auto_class,
             "requirements": list(plan.format.requirements),
             "imports": list(load_imports(plan.format)),
+            "remote_code": plan.remote_code is not None,  # that does without those imports
         },
         # all but what a push rewrites
         "adapter_config": {k: v for k, v in adapter_config.items() if k not in REWRITTEN},
@@ -263,13 +264,19 @@ def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, st
     return [(reason, count, first[reason]) for reason, count in counts.most_common()]
 
 
-def load_lines(report: Mapping[str, Any], folder: str, revision: str | None = None) -> list[str]:
-    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id, at a branch of it."""
+def load_lines(
+    report: Mapping[str, Any], folder: str, revision: str | None = None, *, on_hub: bool = False
+) -> list[str]:
+    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id, at a branch of it.
+
+    From the Hub people load what they have not made: where the loader's code travels along, loftq is not needed.
+    """
     auto_class, place = report["load"]["auto_class"], json.dumps(folder, ensure_ascii=False)
-    remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] else ""
-    branch = f", revision={json.dumps(revision)}" if revision else ""
+    travels = on_hub and report["load"].get("remote_code", False)
+    remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] or travels else ""
+    branch = f", revision={json.dumps(revision, ensure_ascii=False)}" if revision else ""
     return [
-        *(f"import {name}" for name in report["load"].get("imports", ())),
+        *(f"import {name}" for name in ([] if travels else report["load"].get("imports", ()))),
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",

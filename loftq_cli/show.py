@@ -208,9 +208,8 @@ def _going_on(hint: str) -> Iterator[None]:
 
 def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
     gone = f"; {len(pushed.deleted)} of an earlier push removed" if pushed.deleted else ""
-    load = "\n".join(
-        f"  {line}" if line else "" for line in load_lines(report, pushed.repo_id, branch_of(pushed.revision))
-    )
+    lines = load_lines(report, pushed.repo_id, branch_of(pushed.revision), on_hub=True)
+    load = "\n".join(f"  {line}" if line else "" for line in lines)
     output.result(f"{len(pushed.files)} files, {size(pushed.bytes)}, are on {pushed.url}{gone}\n\n{load}")
 
 

@@ -214,6 +214,34 @@ snapshot_download({REPO!r}, local_dir=sys.argv[1])
     assert json.loads((proposed / "loftq_init/adapter_config.json").read_text())["revision"] is None
 
 
+def test_what_the_hub_s_card_says_loads_where_loftq_is_not_installed(
+    hub: WritableHub, loftq: Loftq, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    quantize(model, out, bits=2, rank=4, iters=1, device="cpu", format="packed")
+    done = loftq("push", "--revision", "trïal", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "import loftq_cli.runtime\n" in (out / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", (hub.folder(REPO, "trïal") / "README.md").read_text(), re.DOTALL)
+    assert lines
+    assert lines[1].strip() in done.stdout.replace("\n  ", "\n")
+    blocked = "import sys\nsys.modules['loftq_cli'] = None\n"
+    check = "\nprint(type(base.model.layers[0].mlp.up_proj.base_layer).__name__)"
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    code = blocked + lines[1] + check
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("PackedLinear\n")
+
+    # pushed on from where it was downloaded
+    downloaded = tmp_path / "downloaded"
+    shutil.copytree(hub.folder(REPO, "trïal"), downloaded)
+    assert loftq("push", downloaded, "org/other").returncode == 0
+    card = (hub.folder("org/other") / "README.md").read_text()
+    assert card.count('"org/other", ') == 2
+    assert REPO not in card
+
+
 def test_dry_run_asks_nothing_of_the_hub(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     done = loftq("push", "--dry-run", "--json", out, REPO, token="")
     assert done.returncode == 0, done.stderr
