@@ -25,7 +25,10 @@ from loftq_cli.verify import read_report, verify
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is to be uploaded: the files of `out` by name with their bytes, of which `rewritten` are not as they lie."""
+    """What is to be uploaded: the files of `out` by name with their bytes, of which `rewritten` are not as they lie.
+
+    `edited` are the copies of the source's files that somebody has changed since.
+    """
 
     out: Path
     repo_id: str
@@ -33,6 +36,7 @@ class Parcel:
     report: dict[str, Any]
     files: dict[str, int]
     rewritten: dict[str, bytes]
+    edited: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -71,7 +75,8 @@ def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
     """
     check_repo_id(repo_id)
     report = read_report(out)
-    if violations := verify(out).violations:
+    verdict = verify(out)
+    if violations := verdict.violations:
         more = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
         raise LoftqError(
             f"`{out}` is not what loftq wrote: {violations[0]}{more}",
@@ -84,7 +89,7 @@ def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
         raise LoftqError(f"`{out / missing[0]}` is gone", "put it back, or make the folder again with `--overwrite`")
     rewritten = _rewritten(out, repo_id, revision, report)
     files = {name: len(rewritten[name]) if name in rewritten else (out / name).stat().st_size for name in names}
-    return Parcel(out, repo_id, revision, report, files, rewritten)
+    return Parcel(out, repo_id, revision, report, files, rewritten, verdict.edited)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from loftq_cli.jobs import BLOCK
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
-SCHEMA = 2
+SCHEMA = 3
 REWRITTEN = ("base_model_name_or_path", "revision")  # in adapter_config.json, by a push
 PLACEHOLDER = "PATH_OR_HUB_ID_OF_THIS_FOLDER"  # in the load lines of a card, until a push knows better
 STAGES = ("total", "read", "text", "quantize", "low_rank", "train", "write")  # text: running it through the model
@@ -46,10 +46,11 @@ def build_report(
     plan: Plan,
     journal: Journal,
     files: Mapping[str, str],
+    side_files: Mapping[str, str],
     adapter_config: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The content of `loftq_report.json`; `files` maps names in OUT to sha256."""
+    """The content of `loftq_report.json`; `files` and `side_files`, which are copies, map names in OUT to sha256."""
     order = {job.tensor: position for position, job in enumerate(plan.jobs)}
     rows = sorted(journal.rows.values(), key=lambda row: order[row["tensor"]])
     return {
@@ -82,7 +83,7 @@ def build_report(
         "weights": rows,
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],
         "files": dict(files),
-        "side_files": list(plan.checkpoint.side_files),
+        "side_files": dict(side_files),
     }
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
 from loftq_cli.control import sentence
-from loftq_cli.errors import Interrupted, LoftqError, again
+from loftq_cli.errors import LoftqError, again, interruptible
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
@@ -163,7 +162,7 @@ def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, 
     pushed = None
     flags = ["--private"] if private else []
     try:
-        with _going_on(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
+        with interruptible(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
             pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
     finally:
         report(output, made, out, source, pushed)
@@ -185,25 +184,18 @@ def push(
     parcel = pushing.pack(out, repo_id, revision)
     if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
         output.note(f"not from loftq, so it stays here: {', '.join(left)}")
+    if parcel.edited:
+        output.note(f"no longer as the source has it, pushed as it is: {', '.join(parcel.edited)}")
     if dry_run:
         output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
         rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
         rows.append(("all", f"{parcel.total_bytes:,}"))
         output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
         return
-    with _going_on("the same command goes on: what is there is not sent again"):
+    with interruptible("the same command goes on: what is there is not sent again"):
         pushed = pushing.push(parcel, private=private, message=message, note=output.note)
     output.data(asdict(pushed))
     _pushed(output, pushed, parcel.report)
-
-
-@contextmanager
-def _going_on(hint: str) -> Iterator[None]:
-    """Say of an interrupted push how it is finished."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; what has arrived is kept", hint) from None
 
 
 def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
@@ -241,12 +233,13 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
         total = sum(info.nbytes for info in infos.values() if info.name in written)
     with output.progress("verifying", total) as advance:
         verdict = verification.verify(out, source, advance)
-    output.data({**asdict(verdict), "ok": not verdict.violations})
-    for violation in verdict.violations[:SHOWN]:
+    violations = [*verdict.violations, *(f"`{name}` is no longer the source's" for name in verdict.edited)]
+    output.data({**asdict(verdict), "ok": not violations})
+    for violation in violations[:SHOWN]:
         output.result(f"✗ {violation}")
-    if len(verdict.violations) > SHOWN:
-        output.result(f"✗ and {len(verdict.violations) - SHOWN} more (`--json` has them all)")
-    if verdict.violations:
+    if len(violations) > SHOWN:
+        output.result(f"✗ and {len(violations) - SHOWN} more (`--json` has them all)")
+    if violations:
         return False
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")
     if verdict.relative_error is not None:

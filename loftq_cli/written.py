@@ -26,7 +26,7 @@ def output_config(plan: Plan) -> dict[str, Any]:
 
 
 def _nameless(value: Any) -> Any:
-    """`value` without `_name_or_path`, which earlier versions of transformers have saved: often a folder of a user's."""
+    """`value` without `_name_or_path`, which earlier versions of transformers have saved: often somebody's folder."""
     if not isinstance(value, dict):
         return value
     return {key: _nameless(inner) for key, inner in value.items() if key != "_name_or_path"}

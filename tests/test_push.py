@@ -217,12 +217,13 @@ snapshot_download({REPO!r}, local_dir=sys.argv[1])
 def test_what_the_hub_s_card_says_loads_where_loftq_is_not_installed(
     hub: WritableHub, loftq: Loftq, model: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "packed"
+    out, branch = tmp_path / "packed", "some/trïal"
     quantize(model, out, bits=2, rank=4, iters=1, device="cpu", format="packed")
-    done = loftq("push", "--revision", "trïal", out, REPO)
+    done = loftq("push", "--revision", branch, out, REPO)
     assert done.returncode == 0, done.stderr
+    assert f"{hub.endpoint}/{REPO}/tree/some%2Ftr%C3%AFal" in done.stdout
     assert "import loftq_cli.runtime\n" in (out / "README.md").read_text()
-    lines = re.search(r"```python\n(.*?)```", (hub.folder(REPO, "trïal") / "README.md").read_text(), re.DOTALL)
+    lines = re.search(r"```python\n(.*?)```", (hub.folder(REPO, branch) / "README.md").read_text(), re.DOTALL)
     assert lines
     assert lines[1].strip() in done.stdout.replace("\n  ", "\n")
     blocked = "import sys\nsys.modules['loftq_cli'] = None\n"
@@ -235,7 +236,7 @@ def test_what_the_hub_s_card_says_loads_where_loftq_is_not_installed(
 
     # pushed on from where it was downloaded
     downloaded = tmp_path / "downloaded"
-    shutil.copytree(hub.folder(REPO, "trïal"), downloaded)
+    shutil.copytree(hub.folder(REPO, branch), downloaded)
     assert loftq("push", downloaded, "org/other").returncode == 0
     card = (hub.folder("org/other") / "README.md").read_text()
     assert card.count('"org/other", ') == 2
@@ -278,7 +279,7 @@ def test_what_verify_refuses_is_not_pushed(hub: WritableHub, loftq: Loftq, out: 
 
 
 @pytest.mark.parametrize("missing", ["tokenizer_config.json", "README.md"])
-def test_what_no_hash_guards_must_be_there_too(hub: WritableHub, loftq: Loftq, out: Path, missing: str) -> None:
+def test_what_is_not_for_weights_must_be_there_too(hub: WritableHub, loftq: Loftq, out: Path, missing: str) -> None:
     (out / missing).unlink()
     done = loftq("push", out, REPO)
     assert done.returncode == 1
@@ -286,9 +287,17 @@ def test_what_no_hash_guards_must_be_there_too(hub: WritableHub, loftq: Loftq, o
     assert hub.requests == []
 
 
+def test_a_tokenizer_that_was_mended_is_pushed_as_it_is(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    (out / "tokenizer_config.json").write_text("{}")
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "pushed as it is: tokenizer_config.json" in said(done)
+    assert (hub.folder(REPO) / "tokenizer_config.json").read_text() == "{}"
+
+
 def test_a_report_that_names_files_elsewhere(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     report = json.loads((out / "loftq_report.json").read_text())
-    report["side_files"].append("../secret")
+    report["side_files"]["../secret"] = "0" * 64
     (out.parent / "secret").write_text("mine")
     (out / "loftq_report.json").write_text(json.dumps(report))
     done = loftq("push", out, REPO)
@@ -356,6 +365,7 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     done = loftq("push", out, "org/mine")
     assert done.returncode == 1
     assert "holds another model" in said(done)
+    assert "`hf repos delete-files org/mine '*.safetensors'`" in said(done)
     assert contents(hub.folder("org/mine")) == contents(model)
 
     # an earlier push of a single file, with a note of the user's
