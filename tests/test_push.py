@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -365,8 +366,14 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     done = loftq("push", out, "org/mine")
     assert done.returncode == 1
     assert "holds another model" in said(done)
-    assert "`hf repos delete-files org/mine '*.safetensors'`" in said(done)
     assert contents(hub.folder("org/mine")) == contents(model)
+
+    way_out = re.search(r"`hf (repos delete-files org/mine .*)`", said(done))
+    assert way_out
+    environment = {**os.environ, **hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)}
+    deletes = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(way_out[1])]
+    subprocess.run(deletes, check=True, env=environment, capture_output=True)
+    assert loftq("push", out, "org/mine").returncode == 0
 
     # an earlier push of a single file, with a note of the user's
     assert loftq("push", out, REPO).returncode == 0
