@@ -150,7 +150,7 @@ def push(
 
     def upload() -> str:
         found = _find(repo_id, revision)  # anew: where only the answer was lost, the branch stands at our own commit
-        content = {name: parcel.rewritten.get(name, parcel.out / name) for name in parcel.files}
+        content = {name: parcel.rewritten.get(name, (parcel.out / name).resolve()) for name in parcel.files}
         adds = [CommitOperationAdd(name, data) for name, data in content.items()]
         deletes = [CommitOperationDelete(name) for name in sorted(found.ours - parcel.files.keys())]
         commit = api.create_commit(
