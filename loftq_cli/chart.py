@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 from loftq_cli.jobs import BLOCK
 from loftq_cli.report import block_order, error_columns, pooled_errors
 
-WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 40, 34  # margins
+WIDTH, HEIGHT = 720, 276
+LEFT, RIGHT, TOP, BOTTOM = 68, 12, 40, 50  # margins
 COLOURS = ("#9aa5b1", "#2563eb")  # the base alone, with its adapter
 STEPS = (1, 2, 2.5, 5, 10)
 
@@ -59,6 +59,11 @@ def _svg(title: str, heads: Sequence[str], names: Sequence[str], values: Sequenc
         height = y(line * step)
         parts.append(f'<path d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}" stroke="#e2e8f0"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{line * step:.3g}</text>')
+    middle = TOP + inner_height / 2
+    parts.append(f'<text transform="translate(18 {middle:.0f}) rotate(-90)" text-anchor="middle">relative error</text>')
+    parts.append(
+        f'<text x="{LEFT + inner_width / 2:.0f}" y="{HEIGHT - 9}" text-anchor="middle">transformer block</text>'
+    )
     every = -(-len(names) // 16)  # labels that find room
     for place, (name, pair) in enumerate(zip(names, values, strict=True)):
         middle = LEFT + room * (place + 0.5)
@@ -69,7 +74,7 @@ def _svg(title: str, heads: Sequence[str], names: Sequence[str], values: Sequenc
             parts.append(f'<rect x="{x:.2f}" y="{y(value):.2f}" {size} fill="{COLOURS[number]}"/>')
         parts.append("</g>")
         if place % every == 0:
-            parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{escape(_short(name))}</text>')
+            parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 30}" text-anchor="middle">{escape(_short(name))}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

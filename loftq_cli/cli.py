@@ -169,7 +169,7 @@ def quantize(
             show.plan(output, plan, out, key=pipeline.identity(plan, text).key)
             return
         if push_to_hub is not None and not silent:
-            show.prepare_push(output, out, push_to_hub, private)  # what would be refused after hours is refused now
+            show.prepare_push(output, push_to_hub, private)  # what would be refused after hours is refused now
         before = (out / "loftq_report.json").exists()
         try:
             with (
@@ -193,7 +193,8 @@ def quantize(
         if before and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
         if push_to_hub is not None and not silent:
-            show.report_pushed(output, report, out, model, push_to_hub, private)
+            with _terminable():
+                show.report_pushed(output, report, out, model, push_to_hub, private)
         else:
             show.report(output, report, out, model)
 
@@ -262,7 +263,7 @@ def push(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Upload base, adapter and card to the Hub; typed again after a broken connection, it sends what is missing."""
-    with speaking(json, quiet, verbose) as output:
+    with speaking(json, quiet, verbose) as output, _terminable():
         from loftq_cli import show
 
         show.push(output, out, repo_id, private=private, revision=revision, message=message, dry_run=dry_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from rich.text import Text
 from loftq_cli.errors import Interrupted, LoftqError
 
 LINE_SECONDS = 30  # between lines of progress in a log
+SIGNED = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # an address with a query: a signature is as good as a token
 TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
 
 
@@ -153,6 +155,6 @@ def speaking(json_only: bool, quiet: bool, verbose: int, silent: bool = False) -
     else:
         return
     if verbose >= 2:
-        traceback.print_exc()
+        sys.stderr.write(SIGNED.sub(r"\1?…", traceback.format_exc()))
     output.error(failure)
     raise typer.Exit(failure.exit_code)

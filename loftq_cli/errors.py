@@ -6,7 +6,8 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,6 +38,15 @@ class Interrupted(LoftqError):
     """The user interrupted the run; what is done is kept and can be resumed (exit code 130)."""
 
     exit_code = 130
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """Say of what is interrupted inside how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; what has arrived is kept", hint) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

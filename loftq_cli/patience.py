@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from loftq_cli.errors import LoftqError
@@ -14,6 +18,7 @@ from loftq_cli.errors import LoftqError
 RETRIES = 3  # of a whole step, after those that the Hub's client makes of single requests
 LONGEST_WAIT_SECONDS = 600
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})[^)]*\)(?:.*?(https?://\S+))?", re.DOTALL)
 
 Note = Callable[[str], None]
 T = TypeVar("T")
@@ -50,7 +55,8 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
             yield
     except LoftqError:
         raise
-    except (OSError, RuntimeError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+    # HTTPError is that of the client's HTTP library, whichever it uses
+    except (OSError, RuntimeError, ValueError, errors.HTTPError, errors.XetDownloadError) as error:  # type: ignore[attr-defined]
         raise _sentence(_cause(error), repo_id, revision) from error
     finally:
         logger.setLevel(level)
@@ -64,6 +70,11 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> Loftq
     if isinstance(error, errors.RevisionNotFoundError):
         return LoftqError(
             f"`{repo_id}` has no `{revision}`", "give a branch, which is made if need be, or a pull request"
+        )
+    if status in (401, 403, 404) and not _address(error).startswith(constants.ENDPOINT):
+        return LoftqError(
+            f"the Hub's storage refuses the upload ({status})",
+            f"what it was allowed to send may have run out of time, or a proxy is in the way: {again}",
         )
     if status == 401:
         return LoftqError(
@@ -87,7 +98,7 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> Loftq
     if status is not None and status < 500:
         said = getattr(error, "server_message", None) or "no reason given"
         return LoftqError(f"the Hub refused `{repo_id}` ({status}): {said}", again)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return LoftqError(f"the Hub refused `{repo_id}`: {error}")
     if isinstance(error, OSError) and status is None and error.filename:
         return LoftqError(f"cannot read `{error.filename}`: {error.strerror}")
@@ -95,15 +106,35 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> Loftq
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an upload failed for; the client says of uploads only that they failed."""
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    """What it failed for, where the client only says that an upload failed, or that a file is not in its cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
+        return _cause(error.__cause__)
+    return error
 
 
 def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    """The status of the answer; hf_xet has it in its text alone."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return int(response.status_code)
+    found = XET_STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _address(error: BaseException) -> str:
+    """Who gave that answer."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return str(response.request.url)
+    found = XET_STATUS.search(str(error))
+    return (found[2] or "") if found else ""
 
 
 def _trouble(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "answered with what is not JSON"
     status = _status(error)
     return f"answered {status}" if status else f"lost the connection ({type(error).__name__})"
 
@@ -115,14 +146,15 @@ def _wait_seconds(error: BaseException, attempt: int) -> float | None:
     status = _status(error)
     if isinstance(error, OfflineModeIsEnabled) or (status is not None and status != 429 and status < 500):
         return None
-    if status is None and not isinstance(error, (HTTPError, ConnectionError)):
+    # a proxy's page in place of an answer is no JSON, and the client reads some answers before their status
+    if status is None and not isinstance(error, (HTTPError, ConnectionError, json.JSONDecodeError)):
         return None
     seconds = _asked_seconds(error) or 2.0**attempt
     return seconds if seconds <= LONGEST_WAIT_SECONDS else None
 
 
 def _asked_seconds(error: BaseException) -> float | None:
-    """How long the Hub asks to wait, in either of its ways."""
+    """How long the Hub asks to wait, in any of its ways: a limit's headers, seconds, a date."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     headers = getattr(getattr(error, "response", None), "headers", {})
@@ -130,4 +162,9 @@ def _asked_seconds(error: BaseException) -> float | None:
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     asked = str(headers.get("Retry-After", "")).strip()
-    return float(asked) if asked.isdigit() else None
+    if asked.isdigit():
+        return float(asked)
+    try:
+        return max(1.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without a time zone
+        return None

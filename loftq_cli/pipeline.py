@@ -259,11 +259,10 @@ def finish(
     files = {**base_files, ADAPTER_FILE: adapter.finish()}
     adapter_config = peft_adapter.adapter_config(plan, str(out.resolve()), plan.targets.module_names)
     write_file(out / ADAPTER_CONFIG, _json_bytes(adapter_config))
-    for name in plan.checkpoint.side_files:
-        copy_file(plan.checkpoint.path(name), out / name)
+    side_files = {name: copy_file(plan.checkpoint.path(name), out / name) for name in plan.checkpoint.side_files}
     for name, data in late.items():
         write_file(out / name, data)
-    report = build_report(plan, journal, files, adapter_config, device)
+    report = build_report(plan, journal, files, side_files, adapter_config, device)
     if calibration is not None and measured is not None:
         report["config"]["calibration_tokens"] = describe(calibration)["sha256"]
         report["calibration"] = {**describe(calibration), **asdict(measured)}

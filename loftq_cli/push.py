@@ -1,19 +1,18 @@
 """Base, adapter and card to the Hub: what travels, what of it must name the repo, and what stands in the way there.
 
-`upload_folder` does the sending, from a folder of links beside the few files that are written anew for the Hub. What
-the Hub has already is not sent again, so that a push that broke off is finished by the same command.
+It is one commit or none: `upload_folder` makes several of many files, or where one fails, and what it leaves when it
+breaks off in between is weights that nobody can tell from another model's. What the Hub has already is not sent again,
+so that a push that broke off is finished by the same command.
 """
 
 from __future__ import annotations
 
-import glob
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from loftq_cli.checkpoint.files import read_json
 from loftq_cli.checkpoint.hub import is_repo_id
@@ -26,7 +25,10 @@ from loftq_cli.verify import read_report, verify
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is to be uploaded: the files of `out` by name with their bytes, of which `rewritten` are not as they lie."""
+    """What is to be uploaded: the files of `out` by name with their bytes, of which `rewritten` are not as they lie.
+
+    `edited` are the copies of the source's files that somebody has changed since.
+    """
 
     out: Path
     repo_id: str
@@ -34,6 +36,7 @@ class Parcel:
     report: dict[str, Any]
     files: dict[str, int]
     rewritten: dict[str, bytes]
+    edited: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +75,8 @@ def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
     """
     check_repo_id(repo_id)
     report = read_report(out)
-    if violations := verify(out).violations:
+    verdict = verify(out)
+    if violations := verdict.violations:
         more = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
         raise LoftqError(
             f"`{out}` is not what loftq wrote: {violations[0]}{more}",
@@ -85,17 +89,24 @@ def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
         raise LoftqError(f"`{out / missing[0]}` is gone", "put it back, or make the folder again with `--overwrite`")
     rewritten = _rewritten(out, repo_id, revision, report)
     files = {name: len(rewritten[name]) if name in rewritten else (out / name).stat().st_size for name in names}
-    return Parcel(out, repo_id, revision, report, files, rewritten)
+    return Parcel(out, repo_id, revision, report, files, rewritten, verdict.edited)
 
 
-def open_repo(repo_id: str, private: bool, revision: str | None, known: Mapping[str, str], note: Note) -> set[str]:
+@dataclass(frozen=True)
+class Found:
+    """What a branch stands at: its commit, and the files of it that the last push of loftq, if any, has put there."""
+
+    commit: str
+    ours: frozenset[str]
+
+
+def open_repo(repo_id: str, private: bool, revision: str | None, note: Note) -> Found:
     """Make the repo and its branch, or find that they may be written to; returns what earlier pushes put there.
 
     Args:
         repo_id: owner and name.
         private: make it private; one that is there must be so already.
         revision: a branch, made if need be; or a pull request, `refs/pr/N`, that is there.
-        known: sha256 by name of files that may be there, because a push that broke off has put them there.
         note: is told of what takes longer.
 
     Raises:
@@ -112,13 +123,15 @@ def open_repo(repo_id: str, private: bool, revision: str | None, known: Mapping[
     with sentences(repo_id, revision):
         api = HfApi()
         patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), note)
-        if private and not api.model_info(repo_id).private:
+        if revision is None or not revision.startswith("refs/"):  # anybody may write to a pull request of theirs
+            patiently(lambda: api.auth_check(repo_id, write=True), note)  # of what is there, making it tells nothing
+        if private and not patiently(lambda: api.model_info(repo_id), note).private:
             raise LoftqError(
                 f"`{repo_id}` is there already, and public", "leave out `--private`, or choose another name"
             )
         if revision is not None and not revision.startswith("refs/"):
             patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), note)
-        return _earlier(repo_id, revision, known)
+        return patiently(lambda: _find(repo_id, revision), note)
 
 
 def push(
@@ -129,27 +142,30 @@ def push(
     Raises:
         LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    repo_id, revision = parcel.repo_id, parcel.revision
-    report = parcel.report
-    stale = open_repo(repo_id, private, revision, report["files"], note) - parcel.files.keys()
-    with sentences(repo_id, revision), _folder(parcel) as folder:
-        api = HfApi()
-        what = f"{report['config']['bits']}-bit base and adapter, loftq {report['version']}"
+    repo_id, revision, api = parcel.repo_id, parcel.revision, HfApi()
+    stale = open_repo(repo_id, private, revision, note).ours - parcel.files.keys()
+    what = f"{parcel.report['config']['bits']}-bit base and adapter, loftq {parcel.report['version']}"
 
-        def upload() -> Any:
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=message or what,
-                delete_patterns=[glob.escape(name) for name in sorted(stale)] or None,
-            )
+    def upload() -> str:
+        found = _find(repo_id, revision)  # anew: where only the answer was lost, the branch stands at our own commit
+        content = {name: parcel.rewritten.get(name, (parcel.out / name).resolve()) for name in parcel.files}
+        adds = [CommitOperationAdd(name, data) for name, data in content.items()]
+        deletes = [CommitOperationDelete(name) for name in sorted(found.ours - parcel.files.keys())]
+        commit = api.create_commit(
+            repo_id,
+            [*deletes, *adds],
+            commit_message=message or what,
+            revision=revision,
+            parent_commit=found.commit,  # what others commit while this uploads is not overwritten
+        )
+        return str(commit.oid)
 
+    with sentences(repo_id, revision):
         commit = patiently(upload, note)
-    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
-    return Pushed(repo_id, revision, commit.oid, url, parcel.files, parcel.total_bytes, tuple(sorted(stale)))
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
+    return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(sorted(stale)))
 
 
 def branch_of(revision: str | None) -> str | None:
@@ -161,11 +177,11 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     """The files that are not sent as they lie: those that name the base by its place, or a folder of this machine."""
     adapter = json.loads((out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     branch = branch_of(revision)
-    named = [(PLACEHOLDER, None), (str(adapter["base_model_name_or_path"]), adapter.get("revision"))]
     card = (out / CARD_FILE).read_text(encoding="utf-8")
-    for place, of_branch in named:
-        old, new = load_lines(report, place, of_branch), load_lines(report, repo_id, branch)
-        card = card.replace("\n".join(old), "\n".join(new))
+    here, there = str(adapter["base_model_name_or_path"]), adapter.get("revision")
+    new = "\n".join(load_lines(report, repo_id, branch, on_hub=True))
+    for old in (load_lines(report, PLACEHOLDER), load_lines(report, here, there, on_hub=True)):  # made, or from the Hub
+        card = card.replace("\n".join(old), new)
     adapter |= {"base_model_name_or_path": repo_id, "revision": branch}
     source, config = dict(report["source"]), dict(report["config"])
     if source["revision"] is None:
@@ -179,43 +195,33 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     }
 
 
-@contextmanager
-def _folder(parcel: Parcel) -> Iterator[Path]:
-    """A folder of what travels and nothing else: links, and the files that are written anew."""
-    with tempfile.TemporaryDirectory(prefix="loftq-push-") as name:
-        for file in parcel.files:
-            path = Path(name) / file
-            path.parent.mkdir(exist_ok=True)
-            if file in parcel.rewritten:
-                path.write_bytes(parcel.rewritten[file])
-            else:
-                path.symlink_to((parcel.out / file).resolve())
-        yield Path(name)
-
-
-def _earlier(repo_id: str, revision: str | None, known: Mapping[str, str]) -> set[str]:
-    """The files that the last push of loftq, if any, has put in the repo.
+def _find(repo_id: str, revision: str | None) -> Found:
+    """Look at a branch.
 
     Raises:
         LoftqError: it holds weights that no push of loftq has put there, which are not for us to replace.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-    there = {file.rfilename: file for file in info.siblings or []}
+    info = HfApi().model_info(repo_id, revision=revision)
+    there = {file.rfilename for file in info.siblings or []}
     ours: set[str] = set()
     if REPORT_FILE in there:
         ours = set(written_files(read_json(Path(hf_hub_download(repo_id, REPORT_FILE, revision=info.sha)))))
-    for name, file in there.items():
-        folder, _, last = name.rpartition("/")
-        if folder not in ("", "loftq_init") or not (last.endswith(".safetensors") or name == "adapter_config.json"):
-            continue
-        if name not in ours and not (file.lfs and known.get(name) == file.lfs.sha256):
-            raise LoftqError(
-                f"`{repo_id}` holds another model: `{name}` is not from loftq",
-                "choose another name; or delete what is there, on its page",
-            )
-    return ours & there.keys()
+    weights = {name for name in there if name.rpartition("/")[0] in ("", "loftq_init") and _is_weights(name)}
+    if foreign := sorted(weights - ours):
+        branch = ["--revision", revision] if revision else []
+        patterns = foreign if len(foreign) <= 3 else sorted({f"*{Path(name).suffix}" for name in foreign})
+        delete = shlex.join(["hf", "repos", "delete-files", repo_id, *patterns, *branch])
+        raise LoftqError(
+            f"`{repo_id}` holds another model: `{foreign[0]}` is not from loftq",
+            f"choose another name; or if that model may go: `{delete}`",
+        )
+    return Found(str(info.sha), frozenset(ours & there))
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or name == "adapter_config.json"
 
 
 def _json_bytes(value: Any) -> bytes:

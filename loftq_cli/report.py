@@ -24,7 +24,7 @@ from loftq_cli.jobs import BLOCK
 from loftq_cli.journal import Journal
 from loftq_cli.plan import Plan
 
-SCHEMA = 2
+SCHEMA = 3
 REWRITTEN = ("base_model_name_or_path", "revision")  # in adapter_config.json, by a push
 PLACEHOLDER = "PATH_OR_HUB_ID_OF_THIS_FOLDER"  # in the load lines of a card, until a push knows better
 STAGES = ("total", "read", "text", "quantize", "low_rank", "train", "write")  # text: running it through the model
@@ -46,10 +46,11 @@ def build_report(
     plan: Plan,
     journal: Journal,
     files: Mapping[str, str],
+    side_files: Mapping[str, str],
     adapter_config: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The content of `loftq_report.json`; `files` maps names in OUT to sha256."""
+    """The content of `loftq_report.json`; `files` and `side_files`, which are copies, map names in OUT to sha256."""
     order = {job.tensor: position for position, job in enumerate(plan.jobs)}
     rows = sorted(journal.rows.values(), key=lambda row: order[row["tensor"]])
     return {
@@ -65,6 +66,7 @@ def build_report(
             "auto_class": plan.targets.auto_class,
             "requirements": list(plan.format.requirements),
             "imports": list(load_imports(plan.format)),
+            "remote_code": plan.remote_code is not None,  # that does without those imports
         },
         # all but what a push rewrites
         "adapter_config": {k: v for k, v in adapter_config.items() if k not in REWRITTEN},
@@ -81,7 +83,7 @@ def build_report(
         "weights": rows,
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],
         "files": dict(files),
-        "side_files": list(plan.checkpoint.side_files),
+        "side_files": dict(side_files),
     }
 
 
@@ -263,13 +265,19 @@ def skip_counts(skipped: Iterable[Mapping[str, str]]) -> list[tuple[str, int, st
     return [(reason, count, first[reason]) for reason, count in counts.most_common()]
 
 
-def load_lines(report: Mapping[str, Any], folder: str, revision: str | None = None) -> list[str]:
-    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id, at a branch of it."""
+def load_lines(
+    report: Mapping[str, Any], folder: str, revision: str | None = None, *, on_hub: bool = False
+) -> list[str]:
+    """Python that loads base and adapter, ready to paste; `folder` is OUT or a Hub id, at a branch of it.
+
+    From the Hub people load what they have not made: where the loader's code travels along, loftq is not needed.
+    """
     auto_class, place = report["load"]["auto_class"], json.dumps(folder, ensure_ascii=False)
-    remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] else ""
-    branch = f", revision={json.dumps(revision)}" if revision else ""
+    travels = on_hub and report["load"].get("remote_code", False)
+    remote = ", trust_remote_code=True" if report["config"]["trust_remote_code"] or travels else ""
+    branch = f", revision={json.dumps(revision, ensure_ascii=False)}" if revision else ""
     return [
-        *(f"import {name}" for name in report["load"].get("imports", ())),
+        *(f"import {name}" for name in ([] if travels else report["load"].get("imports", ()))),
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",

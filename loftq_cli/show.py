@@ -14,13 +14,13 @@ from rich.filesize import decimal as size
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
 from loftq_cli.card import with_perplexity
-from loftq_cli.checkpoint.files import read_json, write_file
+from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import CALIBRATED, QuantizeConfig
 from loftq_cli.console import Out
 from loftq_cli.control import sentence
-from loftq_cli.errors import LoftqError, again
+from loftq_cli.errors import LoftqError, again, interruptible
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
@@ -151,17 +151,19 @@ def report(
     output.result(f"\nCheck it:\n\n  {check}")
 
 
-def prepare_push(output: Out, out: Path, repo_id: str, private: bool) -> None:
+def prepare_push(output: Out, repo_id: str, private: bool) -> None:
     """Refuse before a run what would keep its output from being pushed."""
-    pushing.open_repo(repo_id, private, None, read_json(out / REPORT_FILE).get("files", {}), output.note)
+    pushing.open_repo(repo_id, private, None, output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
     output.note(f"pushing to {repo_id}")
     pushed = None
+    flags = ["--private"] if private else []
     try:
-        pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
+        with interruptible(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
+            pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
     finally:
         report(output, made, out, source, pushed)
     _pushed(output, pushed, made)
@@ -182,22 +184,24 @@ def push(
     parcel = pushing.pack(out, repo_id, revision)
     if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
         output.note(f"not from loftq, so it stays here: {', '.join(left)}")
+    if parcel.edited:
+        output.note(f"no longer as the source has it, pushed as it is: {', '.join(parcel.edited)}")
     if dry_run:
         output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
         rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
         rows.append(("all", f"{parcel.total_bytes:,}"))
         output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
         return
-    pushed = pushing.push(parcel, private=private, message=message, note=output.note)
+    with interruptible("the same command goes on: what is there is not sent again"):
+        pushed = pushing.push(parcel, private=private, message=message, note=output.note)
     output.data(asdict(pushed))
     _pushed(output, pushed, parcel.report)
 
 
 def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
     gone = f"; {len(pushed.deleted)} of an earlier push removed" if pushed.deleted else ""
-    load = "\n".join(
-        f"  {line}" if line else "" for line in load_lines(report, pushed.repo_id, branch_of(pushed.revision))
-    )
+    lines = load_lines(report, pushed.repo_id, branch_of(pushed.revision), on_hub=True)
+    load = "\n".join(f"  {line}" if line else "" for line in lines)
     output.result(f"{len(pushed.files)} files, {size(pushed.bytes)}, are on {pushed.url}{gone}\n\n{load}")
 
 
@@ -229,12 +233,13 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
         total = sum(info.nbytes for info in infos.values() if info.name in written)
     with output.progress("verifying", total) as advance:
         verdict = verification.verify(out, source, advance)
-    output.data({**asdict(verdict), "ok": not verdict.violations})
-    for violation in verdict.violations[:SHOWN]:
+    violations = [*verdict.violations, *(f"`{name}` is no longer the source's" for name in verdict.edited)]
+    output.data({**asdict(verdict), "ok": not violations})
+    for violation in violations[:SHOWN]:
         output.result(f"✗ {violation}")
-    if len(verdict.violations) > SHOWN:
-        output.result(f"✗ and {len(verdict.violations) - SHOWN} more (`--json` has them all)")
-    if verdict.violations:
+    if len(violations) > SHOWN:
+        output.result(f"✗ and {len(violations) - SHOWN} more (`--json` has them all)")
+    if violations:
         return False
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")
     if verdict.relative_error is not None:

@@ -18,7 +18,7 @@ from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_he
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
-from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER
+from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, is_ours
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
@@ -30,12 +30,17 @@ TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found. `violations` name the file or tensor; `weights` is how many errors were recomputed."""
+    """What `verify` found. `violations` name the file or tensor; `weights` is how many errors were recomputed.
+
+    `edited` are tokenizer files and the like that are no longer the source's: nothing here is measured on them, and a
+    user may have meant it.
+    """
 
     files: int
     weights: int
     relative_error: float | None
     violations: tuple[str, ...]
+    edited: tuple[str, ...]
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def read_report(out: Path) -> dict[str, Any]:
         raise LoftqError(f"`{out}` has no `{REPORT_FILE}`", "give a folder that `loftq quantize` wrote") from None
     except ValueError as error:
         raise LoftqError(f"`{out / REPORT_FILE}` is not valid JSON: {error}") from None
-    needed = {"files", "weights", "totals", "config", "source", "adapter_config"}
+    needed = {"files", "side_files", "weights", "totals", "config", "source", "adapter_config"}
     if not isinstance(report, dict) or not needed <= report.keys():
         raise LoftqError(f"`{out / REPORT_FILE}` is not a report of loftq")
     if report.get("schema") != SCHEMA:
@@ -71,8 +76,9 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     violations = check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
     violations += _check_all_tensors(out, report)
     violations += _check_totals(report) + _check_chart(out, report)
+    count, edited = len(report["files"]) + len(report["side_files"]), _edited(out, report)
     if source is None:
-        return Verdict(len(report["files"]), 0, None, tuple(violations))
+        return Verdict(count, 0, None, tuple(violations), edited)
     checkpoint = open_checkpoint(source, None if Path(source).is_dir() else report["source"]["revision"])
     violations += _check_copies(out, report, checkpoint)
     rows: list[tuple[float, float]] = []
@@ -80,7 +86,7 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
         rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
     if violations and checkpoint.fingerprint != report["source"]["fingerprint"]:
         violations.insert(0, f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
-    return Verdict(len(report["files"]), len(rows), pooled(rows) if rows else None, tuple(violations))
+    return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited)
 
 
 def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
@@ -92,7 +98,14 @@ def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
         elif (actual := hash_file(path)) != expected:
             violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
     extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
+    violations += [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
     return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+
+
+def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
+    """The copies of the source's files that differ from what was copied."""
+    there = [name for name in report["side_files"] if is_ours(out, name) and (out / name).is_file()]
+    return tuple(name for name in there if hash_file(out / name) != report["side_files"][name])
 
 
 def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:

@@ -18,11 +18,18 @@ def planned_files(plan: Plan) -> list[str]:
 
 
 def output_config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json with the format's `quantization_config`."""
-    config = dict(plan.checkpoint.config)
+    """The source's config.json with the format's `quantization_config`, and without where the source once lay."""
+    config: dict[str, Any] = _nameless(plan.checkpoint.config)
     if (entry := plan.format.quantization_config(plan)) is not None:
         config["quantization_config"] = entry
     return {**config, "auto_map": plan.remote_code.auto_map} if plan.remote_code else config
+
+
+def _nameless(value: Any) -> Any:
+    """`value` without `_name_or_path`, which earlier versions of transformers have saved: often somebody's folder."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _nameless(inner) for key, inner in value.items() if key != "_name_or_path"}
 
 
 def output_index(plan: Plan) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class HubServer:
 
 
 class Refusal(Exception):
-    """An error answer: status, the Hub's error code, a message."""
+    """An error answer: status, the Hub's error code, a message; then headers, and a page in place of JSON."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -154,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             status, code, message, *more = refusal.args
             headers = {**(more[0] if more else {}), "X-Error-Code": code, "X-Error-Message": message}
-            self.answer(status, json.dumps({"error": message}).encode(), headers)
+            page = more[1] if more[1:] else b""
+            self.answer(status, page or json.dumps({"error": message}).encode(), headers)
 
     def commit(self, repo_id: str, revision: str, files: bool = False) -> tuple[Repo, str, Path]:
         repo = self.hub.repos.get(repo_id)

@@ -4,7 +4,9 @@
         subprocess.run([...], env={**os.environ, **hub.environment(home, HF_TOKEN=TOKEN)})
         assert hub.uploads == {...}
 
-Large files go to the other origin, as on the real Hub, which must see no token. Faults are what a test asks for.
+Large files go to the other origin, as on the real Hub, which must see no token, under addresses that are signed: who
+has one may write. Clients with hf_xet speak Xet instead, of which this knows what an upload asks for; it does not
+unpack what it gets, so a test says what may come (`offer`). Faults are what a test asks for.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,17 +29,23 @@ from tests.hub_server import REPO, REVISION, ROUTES, TOKEN, Cut, Handler, HubSer
 
 READ_TOKEN = "hf_loopback_reads"  # known, and may write nowhere
 WRITABLE = "org"  # where TOKEN may write
+XET_TOKEN = "xet_loopback"  # what the Hub gives for the storage
+SIGNATURE = "5ea1ed"  # of addresses: as good as a token
 
 
 @dataclass
 class Fault:
-    """Answers requests whose method and path match with `status`, so many times, from the `after`-th on."""
+    """Answers requests whose method and path match with `status`, so many times, from the `after`-th on.
+
+    Status 0 is no answer: the connection breaks.
+    """
 
     pattern: str
     status: int
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
+    page: bytes = b""  # in place of JSON, as proxies answer
 
 
 class WritableHub(HubServer):
@@ -50,12 +59,16 @@ class WritableHub(HubServer):
         self.upload_cuts: list[Cut] = []  # each breaks the connection in the middle of an upload
         self.uploads: Counter[str] = Counter()  # whole uploads, by sha256
         self.messages: list[str] = []  # of commits
+        self.offered: dict[str, bytes] = {}  # what may come over Xet, by sha256
+        self.lose_answer = False  # of the next commit
+        self.on_commit: Callable[[], None] | None = None  # called before the next commit is made
 
     def reset(self) -> None:
         super().reset()
         self.faults.clear()
         self.upload_cuts.clear()
         self.uploads.clear()
+        self.on_commit, self.lose_answer = None, False
 
     def clear(self) -> None:
         """Forget everything."""
@@ -63,12 +76,18 @@ class WritableHub(HubServer):
         self.repos.clear()
         self.blobs.clear()
         self.messages.clear()
+        self.offered.clear()
         shutil.rmtree(self.store, ignore_errors=True)
 
     def folder(self, repo_id: str, ref: str = "main") -> Path:
         """The files of a repo at a branch."""
         repo = self.repos[repo_id]
         return repo.commits[repo.refs[ref]]
+
+    def offer(self, folder: Path) -> None:
+        """Expect the large files of a folder over Xet."""
+        files = [path.read_bytes() for path in folder.rglob("*.safetensors")]
+        self.offered |= {hashlib.sha256(content).hexdigest(): content for content in files}
 
     def next_commit(self, repo_id: str, ref: str) -> Path:
         """A copy of the files at `ref`, to be changed and committed."""
@@ -92,7 +111,7 @@ class WritingHandler(Handler):
 
     def routes(self) -> dict[str, Callable[..., None]]:
         writes = {pattern: handler for (method, pattern), handler in WRITES.items() if method == self.command}
-        return writes if self.command in ("POST", "PUT") else ROUTES
+        return writes if self.command in ("POST", "PUT") else {**READS, **ROUTES}
 
     def before(self) -> None:
         self.body = self._read_body() if self.command in ("POST", "PUT") else b""
@@ -101,7 +120,10 @@ class WritingHandler(Handler):
                 fault.after -= 1
                 if fault.after < 0 and fault.times > 0:
                     fault.times -= 1
-                    raise Refusal(fault.status, "", "as the test asks", fault.headers)
+                    if fault.status == 0:
+                        self.connection.close()
+                        raise ConnectionError("cut, as the test asks")
+                    raise Refusal(fault.status, "", "as the test asks", fault.headers, fault.page)
 
     def _read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -120,10 +142,12 @@ class WritingHandler(Handler):
             raise ConnectionError("cut, as the test asks")
         return self.rfile.read(size)
 
-    def may_write(self, repo_id: str) -> None:
+    def may_write(self, repo_id: str, revision: str = "main") -> None:
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if sent not in (TOKEN, READ_TOKEN):
             raise Refusal(401, "", "Invalid credentials in Authorization header")
+        if sent == READ_TOKEN and revision.startswith("refs/pr/"):
+            return  # a pull request is for those who may not
         if sent == READ_TOKEN or not repo_id.startswith(f"{WRITABLE}/"):
             raise Refusal(403, "", f"You don't have the rights to write to {repo_id}")
 
@@ -140,6 +164,11 @@ class WritingHandler(Handler):
         (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self.hub.add(repo_id, folder, private=private)
         self.json(url)
+
+    def auth_check(self, repo: str) -> None:
+        self.commit(repo, "main")
+        self.may_write(repo)
+        self.json({})
 
     def branch(self, repo: str, branch: str) -> None:
         self.may_write(repo)
@@ -160,7 +189,7 @@ class WritingHandler(Handler):
         self.json({"errors": [], "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> None:
-        self.may_write(repo)
+        self.may_write(repo, revision)
         _, _, folder = self.commit(repo, revision)
         there, answers = files_in(folder), []
         for file in json.loads(self.body)["files"]:
@@ -174,25 +203,55 @@ class WritingHandler(Handler):
         self.json({"files": answers, "commitOid": "0" * 40})
 
     def batch(self, repo: str) -> None:
-        self.may_write(repo)
+        body = json.loads(self.body)
+        self.may_write(repo, body["ref"]["name"])
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            href = f"{self.hub.storage}/upload/{asked['oid']}"
+        for asked in body["objects"]:
+            href = f"{self.hub.storage}/upload/{asked['oid']}?X-Amz-Signature={SIGNATURE}"
             missing = {} if asked["oid"] in self.hub.blobs else {"actions": {"upload": {"href": href}}}
             objects.append({"oid": asked["oid"], "size": asked["size"], **missing})
         self.json({"transfer": "basic", "objects": objects})
 
     def upload(self, oid: str) -> None:
         assert "Authorization" not in self.headers, "the storage must not see the token"
+        assert self.path.endswith(SIGNATURE)
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(400, "", "not what was announced")
         self.hub.blobs[oid] = self.body
         self.hub.uploads[oid] += 1
         self.answer(200, b"", {})
 
+    def xet_token(self, repo: str, revision: str) -> None:
+        self.may_write(repo, revision)
+        self.json({"casUrl": self.hub.storage, "accessToken": XET_TOKEN, "exp": int(time.time()) + 3600})
+
+    def xorb(self, name: str) -> None:
+        assert self.headers["Authorization"] == f"Bearer {XET_TOKEN}"
+        self.hub.bytes_served["xorbs"] += len(self.body)
+        self.json({"was_inserted": True})
+
+    def shard(self) -> None:
+        """What files the blocks of bytes that came before make up."""
+        assert self.headers["Authorization"] == f"Bearer {XET_TOKEN}"
+        for sha256, content in self.hub.offered.items():
+            words = bytes.fromhex(sha256)
+            if b"".join(words[i : i + 8][::-1] for i in range(0, 32, 8)) in self.body:
+                self.hub.blobs[sha256] = content
+                self.hub.uploads[sha256] += 1
+        self.json({"result": 1})
+
+    def telemetry(self) -> None:
+        self.json({})
+
     def write(self, repo: str, revision: str) -> None:
-        self.may_write(repo)
+        self.may_write(repo, revision)
+        if self.hub.on_commit:
+            meanwhile, self.hub.on_commit = self.hub.on_commit, None
+            meanwhile()
         lines = [json.loads(line) for line in self.body.splitlines()]
+        current = self.hub.repos[repo].refs[revision]
+        if lines[0]["value"].get("parentCommit", current) != current:
+            raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
         folder = self.hub.next_commit(repo, revision)
         for line in lines[1:]:
             path = folder / line["value"]["path"]
@@ -206,6 +265,10 @@ class WritingHandler(Handler):
                 path.unlink()
         commit = self.hub.add(repo, folder, ref=revision)
         self.hub.messages.append(lines[0]["value"]["summary"])
+        if self.hub.lose_answer:
+            self.hub.lose_answer = False
+            self.connection.close()
+            raise ConnectionError("cut, as the test asks")
         self.json({"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{commit}", "commitOid": commit, "success": True})
 
     def route(self) -> None:
@@ -218,6 +281,10 @@ class WritingHandler(Handler):
         pass
 
 
+READS: dict[str, Callable[..., None]] = {
+    rf"/api/models/{REPO}/auth-check/write": WritingHandler.auth_check,
+    rf"/api/models/{REPO}/xet-write-token/{REVISION}": WritingHandler.xet_token,
+}
 WRITES: dict[tuple[str, str], Callable[..., None]] = {
     ("POST", "/api/repos/create"): WritingHandler.create,
     ("POST", "/api/validate-yaml"): WritingHandler.validate,
@@ -226,4 +293,7 @@ WRITES: dict[tuple[str, str], Callable[..., None]] = {
     ("POST", rf"/api/models/{REPO}/commit/{REVISION}"): WritingHandler.write,
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch"): WritingHandler.batch,
     ("PUT", r"/upload/(?P<oid>[0-9a-f]{64})"): WritingHandler.upload,
+    ("POST", r"/v1/xorbs/default/(?P<name>[0-9a-f]{64})"): WritingHandler.xorb,
+    ("POST", r"/v1/shards"): WritingHandler.shard,
+    ("POST", r"/v1/telemetry"): WritingHandler.telemetry,
 }

@@ -119,6 +119,14 @@ def test_the_chart_draws_the_errors_of_blocks(out: Path) -> None:
     assert max(heights[0]) <= 260
 
 
+def test_the_chart_s_axes_are_named(out: Path) -> None:
+    root = ElementTree.fromstring((out / CHART_FILE).read_text())
+    words = {found.text: found.attrib for found in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert "rotate(-90)" in words["relative error"]["transform"]
+    height = float(root.attrib["viewBox"].split()[3])
+    assert float(words["4"]["y"]) + 12 < float(words["transformer block"]["y"]) < height  # below the blocks' numbers
+
+
 def _pooled(report: dict[str, Any], block: int, field: str) -> float:
     rows = [row for row in report["weights"] if row["name"].startswith(f"model.layers.{block}.")]
     return (sum((row[field] * row["norm"]) ** 2 for row in rows) / sum(row["norm"] ** 2 for row in rows)) ** 0.5

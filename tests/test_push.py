@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from loftq_cli import quantize
 from loftq_cli.cli import app
 from loftq_cli.verify import verify
 from tests.hub_server import TOKEN, Cut
-from tests.hub_writes import READ_TOKEN, Fault, WritableHub
+from tests.hub_writes import READ_TOKEN, SIGNATURE, XET_TOKEN, Fault, WritableHub
 from tests.test_hub_source import client_process
 
 REPO = "org/tiny-2bit"
@@ -32,6 +37,9 @@ def model(sharded_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = Path(shutil.copytree(sharded_llama, tmp_path_factory.mktemp("model") / "secret place" / "tiny"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# Tiny\n")
     (folder / "LICENSE").write_text("do as you like\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(folder), "of_a_part": {"_name_or_path": str(folder)}}  # as older transformers saved
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -82,18 +90,44 @@ def invoke(arguments: list[str], token: str) -> Done:
     return Done(result.exit_code, result.stdout, result.stderr, slept)
 
 
-@pytest.fixture(scope="module")
-def loftq(served: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loftq]:
-    """The command, in a process whose environment knows the loopback Hub alone."""
-    with client_process(served.environment(tmp_path_factory.mktemp("home"))) as client:
+def interrupt(arguments: list[str], token: str) -> Done:
+    """Runs in the client process: Ctrl-C comes where the upload begins."""
 
-        def run(*arguments: object, token: str = TOKEN) -> Done:
-            done: Done = client(invoke, [str(argument) for argument in arguments], token)
-            for secret in (TOKEN, READ_TOKEN):
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.create_commit", interrupted)
+        return invoke(arguments, token)
+
+
+@contextmanager
+def command(environment: dict[str, str]) -> Iterator[Loftq]:
+    """The command, in a process whose environment knows the loopback Hub alone."""
+    with client_process(environment) as client:
+
+        def run(*arguments: object, token: str = TOKEN, how: Callable[..., Done] = invoke) -> Done:
+            done: Done = client(how, [str(argument) for argument in arguments], token)
+            for secret in (TOKEN, READ_TOKEN, XET_TOKEN, SIGNATURE):
                 assert secret not in done.stdout + done.stderr
-            assert "Traceback" not in done.stderr
+            assert ("Traceback" in done.stderr) == ("-vv" in arguments)
             return done
 
+        yield run
+
+
+@pytest.fixture(scope="module")
+def loftq(served: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loftq]:
+    with command(served.environment(tmp_path_factory.mktemp("home"))) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def loftq_xet(served: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loftq]:
+    """As the Hub's client is where hf_xet is installed, which on most machines it is."""
+    pytest.importorskip("hf_xet")
+    impatient = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    with command(served.environment(tmp_path_factory.mktemp("xet"), HF_HUB_DISABLE_XET="0", **impatient)) as run:
         yield run
 
 
@@ -181,6 +215,35 @@ snapshot_download({REPO!r}, local_dir=sys.argv[1])
     assert json.loads((proposed / "loftq_init/adapter_config.json").read_text())["revision"] is None
 
 
+def test_what_the_hub_s_card_says_loads_where_loftq_is_not_installed(
+    hub: WritableHub, loftq: Loftq, model: Path, tmp_path: Path
+) -> None:
+    out, branch = tmp_path / "packed", "some/trïal"
+    quantize(model, out, bits=2, rank=4, iters=1, device="cpu", format="packed")
+    done = loftq("push", "--revision", branch, out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.endpoint}/{REPO}/tree/some%2Ftr%C3%AFal" in done.stdout
+    assert "import loftq_cli.runtime\n" in (out / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", (hub.folder(REPO, branch) / "README.md").read_text(), re.DOTALL)
+    assert lines
+    assert lines[1].strip() in done.stdout.replace("\n  ", "\n")
+    blocked = "import sys\nsys.modules['loftq_cli'] = None\n"
+    check = "\nprint(type(base.model.layers[0].mlp.up_proj.base_layer).__name__)"
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    code = blocked + lines[1] + check
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("PackedLinear\n")
+
+    # pushed on from where it was downloaded
+    downloaded = tmp_path / "downloaded"
+    shutil.copytree(hub.folder(REPO, branch), downloaded)
+    assert loftq("push", downloaded, "org/other").returncode == 0
+    card = (hub.folder("org/other") / "README.md").read_text()
+    assert card.count('"org/other", ') == 2
+    assert REPO not in card
+
+
 def test_dry_run_asks_nothing_of_the_hub(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     done = loftq("push", "--dry-run", "--json", out, REPO, token="")
     assert done.returncode == 0, done.stderr
@@ -217,7 +280,7 @@ def test_what_verify_refuses_is_not_pushed(hub: WritableHub, loftq: Loftq, out: 
 
 
 @pytest.mark.parametrize("missing", ["tokenizer_config.json", "README.md"])
-def test_what_no_hash_guards_must_be_there_too(hub: WritableHub, loftq: Loftq, out: Path, missing: str) -> None:
+def test_what_is_not_for_weights_must_be_there_too(hub: WritableHub, loftq: Loftq, out: Path, missing: str) -> None:
     (out / missing).unlink()
     done = loftq("push", out, REPO)
     assert done.returncode == 1
@@ -225,9 +288,17 @@ def test_what_no_hash_guards_must_be_there_too(hub: WritableHub, loftq: Loftq, o
     assert hub.requests == []
 
 
+def test_a_tokenizer_that_was_mended_is_pushed_as_it_is(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    (out / "tokenizer_config.json").write_text("{}")
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "pushed as it is: tokenizer_config.json" in said(done)
+    assert (hub.folder(REPO) / "tokenizer_config.json").read_text() == "{}"
+
+
 def test_a_report_that_names_files_elsewhere(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     report = json.loads((out / "loftq_report.json").read_text())
-    report["side_files"].append("../secret")
+    report["side_files"]["../secret"] = "0" * 64
     (out.parent / "secret").write_text("mine")
     (out / "loftq_report.json").write_text(json.dumps(report))
     done = loftq("push", out, REPO)
@@ -256,6 +327,26 @@ def test_who_may_not(hub: WritableHub, loftq: Loftq, out: Path, repo: str, token
     assert hub.repos == {}
 
 
+def test_who_may_not_write_to_what_is_there(
+    hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
+) -> None:
+    """A token that may not make repos may write to one, and one that reads is refused before hours of work."""
+    assert loftq("push", out, REPO).returncode == 0
+    hub.reset()
+    made = tmp_path / "made"
+    for arguments in (["push", out, REPO], ["quantize", *OPTIONS, "--push-to-hub", REPO, model, made]):
+        refused = loftq(*arguments, token=READ_TOKEN)
+        assert refused.returncode == 1
+        assert "may not write to `org/tiny-2bit` (403)" in said(refused)
+    assert not made.exists()
+    assert not [request for request in hub.requests if "preupload" in request.path]
+    hub.repos[REPO].refs["refs/pr/1"] = hub.repos[REPO].refs["main"]
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# Better\n")
+    proposed = loftq("push", "--revision", "refs/pr/1", out, REPO, token=READ_TOKEN)
+    assert proposed.returncode == 0, proposed.stderr
+    assert "# Better" in (hub.folder(REPO, "refs/pr/1") / "README.md").read_text()
+
+
 def test_private_means_private(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     done = loftq("push", "--private", out, REPO)
     assert done.returncode == 0, done.stderr
@@ -276,6 +367,13 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     assert done.returncode == 1
     assert "holds another model" in said(done)
     assert contents(hub.folder("org/mine")) == contents(model)
+
+    way_out = re.search(r"`hf (repos delete-files org/mine .*)`", said(done))
+    assert way_out
+    environment = {**os.environ, **hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)}
+    deletes = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(way_out[1])]
+    subprocess.run(deletes, check=True, env=environment, capture_output=True)
+    assert loftq("push", out, "org/mine").returncode == 0
 
     # an earlier push of a single file, with a note of the user's
     assert loftq("push", out, REPO).returncode == 0
@@ -305,6 +403,142 @@ def test_the_hub_says_later(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     assert 33 in done.slept
     assert "answered 429: going on in 7 s" in said(done)
     assert all(fault.times == 0 for fault in hub.faults)
+
+
+def test_what_is_read_is_asked_for_again_too(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    assert loftq("push", "--private", out, "org/read").returncode == 0
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# Better\n")
+    hub.reset()
+    for route in ("/auth-check/", "GET /api/models/org/read$"):
+        hub.faults += [Fault(route, 503), Fault(route, 0), Fault(route, 429, headers={"Retry-After": "7"})]
+    hub.faults += [Fault(hub.faults[-1].pattern, 502, after=place) for place in (1, 2)]  # it is asked three times
+    hub.faults.append(Fault("(HEAD|GET) /org/read/resolve/.*report.json", 503, times=7))
+    done = loftq("push", "--private", out, "org/read")
+    assert done.returncode == 0, done.stderr
+    assert all(fault.times == 0 for fault in hub.faults), hub.faults
+    assert "# Better" in (hub.folder("org/read") / "README.md").read_text()
+
+
+def test_a_proxy_s_page_in_place_of_an_answer(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    page = b"<html>502 Bad Gateway</html>"
+    hub.faults.append(Fault("validate-yaml", 502, times=2, page=page))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    hub.clear()
+    hub.faults.append(Fault("validate-yaml", 502, times=99, page=page))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert "answered with what is not JSON" in said(done)
+    assert "the same command goes on" in said(done)
+
+
+def test_a_date_to_wait_for(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=300), usegmt=True)
+    hub.faults.append(Fault("/commit/", 429, headers={"Retry-After": date}))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert [seconds for seconds in done.slept if 200 < seconds <= 300]
+
+
+def test_what_others_commit_meanwhile_is_not_overwritten(
+    hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
+) -> None:
+    assert loftq("push", out, REPO).returncode == 0
+    theirs = Path(shutil.copytree(hub.folder(REPO), tmp_path / "theirs"))
+    (theirs / "README.md").write_text("theirs")
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# Better\n")
+    hub.on_commit = lambda: void(hub.add(REPO, theirs))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert "something else is writing" in said(done)
+    assert contents(hub.folder(REPO))["README.md"] == b"theirs"
+    assert loftq("push", out, REPO).returncode == 0
+    assert b"# Better" in contents(hub.folder(REPO))["README.md"]
+
+
+def void(value: object) -> None:
+    pass
+
+
+def test_an_answer_that_is_lost_is_no_second_commit(hub: WritableHub, loftq: Loftq, out: Path) -> None:
+    hub.lose_answer = True
+    done = loftq("push", "--json", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.messages) == 1
+    assert json.loads(done.stdout)["commit"] == hub.repos[REPO].refs["main"]
+
+
+def test_interrupted(hub: WritableHub, loftq: Loftq, out: Path, model: Path) -> None:
+    pushed = loftq("push", "--revision", "trial", out, REPO, how=interrupt)
+    made = loftq("quantize", *OPTIONS, "--push-to-hub", "org/made", "--private", model, out, how=interrupt)
+    assert pushed.returncode == made.returncode == 130
+    assert "the same command goes on" in said(pushed)
+    assert f"go on with `loftq push --private {out} org/made`" in said(made)
+
+
+def test_one_commit_or_none(hub: WritableHub, loftq_xet: Loftq, out: Path, tmp_path: Path) -> None:
+    """However many files and attempts: half a push would leave weights that nobody could tell from another model's."""
+    from tests.conftest import save_llama
+
+    many = save_llama(tmp_path / "many", torch.bfloat16, "60KB", num_hidden_layers=3, vocab_size=128)
+    large = tmp_path / "large"
+    quantize(many, large, bits=2, rank=4, iters=1, device="cpu", format="dense")
+    hub.offer(large)
+    hub.offer(out)
+    hub.faults += [Fault("/commit/", 503, times=36), Fault("/commit/", 503, times=10_000, after=1)]
+    broken = loftq_xet("push", large, REPO)
+    assert broken.returncode == 1
+    assert "answered 503" in said(broken)
+    assert hub.bytes_served["xorbs"] > 100_000
+    assert set(contents(hub.folder(REPO))) == {".gitattributes"}
+    hub.reset()
+    done = loftq_xet("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert verify(hub.folder(REPO)).violations == ()
+    done = loftq_xet("push", large, REPO)
+    assert done.returncode == 0, done.stderr
+    assert verify(hub.folder(REPO)).violations == ()
+    assert len(hub.messages) == 2
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "words"),
+    [
+        ("xet-write-token", 401, "does not accept the token (401)"),
+        ("xet-write-token", 403, "may not write to `org/tiny-2bit` (403)"),
+        ("xet-write-token", 500, "answered 500"),
+        ("/v1/shards", 403, "the Hub's storage refuses the upload (403)"),
+        ("/v1/shards", 429, "too many requests (429)"),
+        ("/v1/shards", 400, "refused `org/tiny-2bit` (400)"),
+        ("/v1/shards", 503, "answered 503"),
+        ("/v1/shards", 0, "lost the connection"),
+    ],
+)
+def test_what_goes_wrong_over_xet(
+    hub: WritableHub, loftq_xet: Loftq, out: Path, route: str, status: int, words: str
+) -> None:
+    hub.offer(out)
+    hub.faults.append(Fault(route, status, times=10_000))
+    done = loftq_xet("push", out, REPO)
+    assert done.returncode == 1
+    assert words in said(done)
+    assert hub.storage not in done.stderr
+    asked = len([request for request in hub.requests if "xet-write-token" in request.path])
+    assert (asked > 1) == (status in (0, 429, 500, 503))  # what can pass is tried again
+    hub.faults.clear()
+    hub.faults.append(Fault(route, 503, times=3))
+    done = loftq_xet("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["-vv"]])
+def test_what_the_storage_refuses(hub: WritableHub, loftq: Loftq, out: Path, flags: list[str]) -> None:
+    """Addresses that are signed are as good as a token: not even a traceback shows them."""
+    hub.faults.append(Fault("PUT /upload/", 403, times=10_000))
+    done = loftq("push", *flags, out, REPO)
+    assert done.returncode == 1
+    assert "the Hub's storage refuses the upload (403)" in said(done)
 
 
 @pytest.mark.parametrize(

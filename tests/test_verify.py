@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from loftq_cli import quantize
 from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.reader import read_header
+from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 from loftq_cli.verify import verify
 from tests.conftest import save_llama
@@ -116,6 +118,16 @@ def test_what_a_push_rewrites_is_no_violation(out: Path, tiny_llama: Path) -> No
     edit(out / "loftq_init/adapter_config.json", lambda config: config.update(base_model_name_or_path="org/name"))
     (out / "README.md").write_text("edited on the Hub")
     assert verify(out, str(tiny_llama)).violations == ()
+
+
+def test_a_changed_tokenizer_is_named(out: Path) -> None:
+    (out / "tokenizer_config.json").write_text("{}")
+    assert verify(out).violations == ()  # of weights
+    said = CliRunner().invoke(app, ["verify", str(out)])
+    assert said.exit_code == 1
+    assert "`tokenizer_config.json` is no longer the source's" in said.stdout
+    (out / "tokenizer_config.json").unlink()
+    found(out, "`tokenizer_config.json` is missing")
 
 
 def test_missing_and_extra_files(out: Path) -> None:

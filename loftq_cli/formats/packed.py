@@ -41,10 +41,9 @@ requirements: tuple[str, ...] = ()
 quantizers: tuple[str, ...] = ("lloyd", "nf-search", "nf", "uniform", "uniform-symmetric")
 load_imports: tuple[str, ...] = ("loftq_cli.runtime",)
 load_notes: tuple[str, ...] = (
-    "`loftq_cli` is loftq itself: install it from its source folder with `pip install -e .`; or leave the import out, "
-    "and load with `trust_remote_code=True`, which runs the copy of it in this folder",
-    "without `import loftq_cli.runtime`, transformers says that it does not know `loftq_packed` and fills the layers "
-    "with random numbers",
+    "either `import loftq_cli.runtime`, which is of loftq itself (`pip install -e .` in its source folder), or load "
+    "with `trust_remote_code=True`, which runs the copy of it in this folder",
+    "with neither, transformers says that it does not know `loftq_packed` and fills the layers with random numbers",
 )
 scale_dtype = torch.float16
 
