@@ -54,7 +54,8 @@ main()
 
 def run(command: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+    # sums depend on the number of threads; a rank that crashes says where
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True, env=environment)
 
 
