@@ -1,0 +1,167 @@
+"""Odd sources of models with experts: what their files hold is taken for what it is, or refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loftq_cli import quantize
+from loftq_cli.config import build_config
+from loftq_cli.errors import LoftqError
+from loftq_cli.experts import by_parameter, stacked
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.plan import Plan
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import dequantize
+from loftq_cli.runtime import PackedExperts
+from loftq_cli.verify import verify
+from tests.test_experts import SIZES
+from tests.test_families import QWEN_VL
+
+OPTIONS: dict[str, Any] = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "device": "cpu"}
+FILE = "model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts in each of two layers, one by one on disk."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
+    tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """A copy of `model` in `folder`, with other tensors."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / FILE)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+    return folder
+
+
+def planned(folder: Path, **options: Any) -> Plan:
+    return plan_quantize(str(folder), build_config({**OPTIONS, **options}))
+
+
+def adapted(made: Plan) -> dict[str, int]:
+    """The rank that each module has."""
+    return {job.module: job.rank for job in made.jobs}
+
+
+# --- shapes and dtypes
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
+    "wider": (lambda t: t.update({EXPERT: torch.zeros(96, 65)}), [f"`{EXPERT}` in `{FILE}`", "[96, 65]", "[96, 64]"]),
+    "transposed": (lambda t: t.update({EXPERT: t[EXPERT].T}), [f"`{EXPERT}`", "[64, 96]", "[96, 64]"]),
+    "float64": (lambda t: t.update({EXPERT: t[EXPERT].double()}), [f"`{EXPERT}`", "float64", "float32", "store it as"]),
+    "int8": (lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)}), [f"`{EXPERT}`", "int8", "float32"]),
+    "missing": (lambda t: t.pop(EXPERT), [f"`{EXPERT}` is in none of the files"]),
+    "a piece missing": (
+        lambda t: [t.pop(name) for name in list(t) if ".1.block_sparse_moe" in name and ".w3." in name],
+        ["`model.layers.1.block_sparse_moe.experts.0.w3.weight` is in none of the files"],
+    ),
+    "too many": (
+        lambda t: t.update({EXPERT.replace("2.w3", f"4.{name}"): t[EXPERT] + 1 for name in ("w1", "w3")}),
+        ["experts.4.w1.weight` in", "is of expert 4", "has 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_one_expert_that_is_unlike_the_others_is_refused(mixtral: Path, tmp_path: Path, case: str) -> None:
+    """Else no expert of its layer would get bits, and nobody would be told."""
+    change, words = REFUSED[case]
+    with pytest.raises(LoftqError) as refused:
+        quantize(changed(mixtral, tmp_path / "model", change), tmp_path / "out", **OPTIONS)
+    said = f"{refused.value.message}\n{refused.value.hint}"
+    assert not [word for word in words if word not in said], said
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_tensor_of_another_shape_are_refused(tmp_path: Path) -> None:
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(**QWEN_VL)).save_pretrained(tmp_path / "model")
+    folder = changed(tmp_path / "model", tmp_path / "other", lambda t: t.update({name: t[name][:, :, 1:]}))
+    with pytest.raises(LoftqError, match=rf"`{name}` in `{FILE}` has shape \[4, .*, the model .* describes \[4, "):
+        planned(folder)
+
+
+def test_experts_that_are_all_of_another_dtype_are_left_alone_and_why(mixtral: Path, tmp_path: Path) -> None:
+    def widened(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: t.double() for name, t in tensors.items() if ".layers.1." in name and ".w" in name})
+
+    made = planned(changed(mixtral, tmp_path / "model", widened))
+    reasons = {why for name, why in made.skipped.items() if ".layers.1." in name and ".experts." in name}
+    assert reasons == {"stored as float64"}
+    assert any(".layers.0." in job.module and job.expert for job in made.jobs)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_experts_of_several_float_dtypes(mixtral: Path, tmp_path: Path, format: str) -> None:
+    """Each matrix is quantized from the values, and to the dtype, that the file has it in."""
+
+    def narrowed(tensors: dict[str, Tensor]) -> None:
+        kinds = {"0.w1": torch.bfloat16, "1.w3": torch.float16, "2.w2": torch.bfloat16}
+        for name in tensors:
+            if "layers.1.block_sparse_moe.experts" in name:
+                tensors[name] = tensors[name].to(kinds.get(name.removesuffix(".weight")[-4:], torch.float32))
+
+    folder, out = changed(mixtral, tmp_path / "model", narrowed), tmp_path / "out"
+    report = quantize(folder, out, format=format, **OPTIONS)
+    assert len([row for row in report["weights"] if "expert" in row]) == 2 * 4 * 3
+    assert verify(out, str(folder)).violations == ()
+    source, loaded = load_file(folder / FILE), tf.AutoModelForCausalLM.from_pretrained(out)
+    assert {row["dtype"] for row in report["weights"]} == {"float32", "bfloat16", "float16"}
+    halves = {
+        "w1": ("gate_up_proj", slice(96)),
+        "w3": ("gate_up_proj", slice(96, None)),
+        "w2": ("down_proj", slice(None)),
+    }
+    for row in report["weights"]:
+        if "expert" not in row:
+            continue
+        path, number, piece = row["name"].rsplit(".", 2)
+        W, (parameter, half) = source[row["tensor"]], halves[piece]
+        quantizer = QUANTIZERS[report["config"]["quantizer"]](bits=3, group_size=16, dtype=W.dtype)
+        experts = loaded.get_submodule(path)
+        stack = (
+            experts.dequantize(parameter, torch.float32)
+            if isinstance(experts, PackedExperts)
+            else getattr(experts, parameter)
+        )
+        wanted = dequantize(quantizer.quantize(W.float()))
+        # the packed layer multiplies in float32 whatever the file's dtype
+        rounding = 0 if format == "dense" else 2**-8
+        assert torch.allclose(stack[int(number)][half], wanted, atol=0, rtol=rounding), row["name"]
+    assert loaded(torch.arange(3, 19)[None]).logits.isfinite().all()
+
+
+def test_a_parameter_of_several_dtypes_is_put_together_without_rounding(mixtral: Path) -> None:
+    """As the block loop of calibrated methods does it."""
+    slots = by_parameter(planned(mixtral).targets.experts)["model.layers.0.mlp.experts.gate_up_proj"]
+    torch.manual_seed(0)
+    values = {tensor: torch.randn(96, 64) for tensor in slots}
+    first = next(iter(slots))
+    values[first] = values[first].bfloat16()
+    whole = stacked(slots, values.__getitem__)
+    for tensor, slot in slots.items():
+        half = slice(96) if slot.piece == "w1" else slice(96, None)
+        assert torch.equal(whole[slot.expert][half], values[tensor].float())
