@@ -90,14 +90,6 @@ def choose_linears(targets: Targets, config: QuantizeConfig) -> tuple[dict[str, 
     return linears, skipped, skipped_linears
 
 
-def about_experts(jobs: Iterable[WeightJob]) -> str | None:
-    """What the user should know of the experts' weights."""
-    experts = [job for job in jobs if job.expert is not None]
-    if not experts or experts[0].rank:
-        return None
-    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one, in `dense`)"
-
-
 def make_batches(jobs: Iterable[WeightJob], may_stack: Callable[[WeightJob], bool], elements: int) -> list[WeightBatch]:
     """Put like weights together while a batch holds at most `elements`; in the order in which the batches fill up.
 
@@ -187,6 +179,7 @@ def make_jobs(
         m, n = reversed(info.shape) if tensor in targets.transposed else info.shape
         matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
         expert = targets.experts.get(tensor)
+        takes_adapter = config.experts_adapter or (expert is None and module not in targets.retargeted)
         block = BLOCK.match(module) if expert is None else None
         assert config.quantizer is not None
         jobs.append(
@@ -201,7 +194,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer,
                 block=block[0] if block else None,
-                rank=config.rank if expert is None or config.experts_adapter else 0,
+                rank=config.rank if takes_adapter else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
             )
@@ -252,6 +245,9 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
     """
     if config.experts_adapter and all(job.expert is None for job in jobs):
         raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
+    if all(job.rank == 0 for job in jobs):
+        why = "experts have one with `--experts-adapter` alone, and PEFT takes that of layers called alike for theirs"
+        raise LoftqError(f"no adapter is left: {why}", "`--skip` fewer layers, such as those of attention")
     if too_small := [job for job in jobs if job.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(

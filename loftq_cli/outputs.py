@@ -120,7 +120,7 @@ class Outputs:
 
     def rewrite(self, job: WeightJob, factors: tuple[Tensor, Tensor], measured: Mapping[str, Any]) -> None:
         """Replace the factors of a weight that is written, and what its row says of them."""
-        tensors = dict(zip(peft_adapter.tensor_names(job.module), factors, strict=True))
+        tensors = dict(zip(peft_adapter.tensor_names(job.module), factors, strict=True)) if job.rank else {}
         row = {k: value for k, value in {**self.journal.rows[job.tensor], **measured}.items() if value is not None}
         row["sha256"] = {**row["sha256"], **{name: hash_tensor(tensor) for name, tensor in tensors.items()}}
         for name, tensor in tensors.items():

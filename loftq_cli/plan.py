@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from loftq_cli.adapters import EXPERT_FACTORS, adapter_layout, factor_specs, stacked_factors
+from loftq_cli.adapters import EXPERT_FACTORS, about_experts, adapter_layout, factor_specs, stacked_factors
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
@@ -24,7 +24,6 @@ from loftq_cli.jobs import (
     BLOCK,
     WeightBatch,
     WeightJob,
-    about_experts,
     choose_linears,
     make_batches,
     make_jobs,

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loftq_cli.adapters import EXPERT_FACTORS
@@ -61,9 +62,13 @@ def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
 
 
 def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
-    """What was written for `job`, from files that are whole or still grow."""
+    """What was written for `job`, from files that are whole or still grow; factors of rank 0 are in none."""
     names = [spec.name for spec in plan.stored(job)]
-    lora_A, lora_B = read_whenever(out, ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    m, n = job.shape
+    factors = [torch.empty(0, n), torch.empty(m, 0)]
+    if job.rank:
+        factors = read_whenever(out, ADAPTER_FILE, peft_adapter.tensor_names(job.module))
+    lora_A, lora_B = factors
     return dict(zip(names, read_whenever(out, job.file, names), strict=True)), (lora_A, lora_B)
 
 

@@ -49,6 +49,7 @@ class Targets:
         linears: tensor name → module name, for every weight that may be quantized; of an expert in a tensor of all,
             the name of the slice, `name[3]`.
         experts: the places of those among `linears` that are matrices of experts, see `ExpertSlot`.
+        retargeted: modules among `linears` whose adapter PEFT would put on the experts, were they its target modules.
         transposed: names of all weights that are stored [in_features, out_features], those of `Conv1D`.
         skipped: tensor name → reason, for every other tensor.
         skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
@@ -75,6 +76,7 @@ class Targets:
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     experts: dict[str, ExpertSlot] = field(default_factory=dict)
+    retargeted: frozenset[str] = frozenset()
     output_head: tuple[str, str] | None = None
     note: str | None = None
 
@@ -172,8 +174,6 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "task head"
         elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
             skipped[info.name] = f"transformers keeps `{kept}` in float32"
-        elif name.rpartition(".")[2] in retargeted:
-            skipped[info.name] = "PEFT would put its adapter on the experts"
         elif is_router(name, module, checkpoint.config):
             skipped[info.name] = "router"
         elif info.dtype not in FLOATS:
@@ -209,6 +209,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         )
         | {tensor for tensor, slot in experts.items() if slot.transposed},
         experts=experts,
+        retargeted=frozenset(name for name in found.intersection(modules) if name.rpartition(".")[2] in retargeted),
         output_head=output_head,
     )
 

@@ -16,13 +16,15 @@ from loftq_cli import quantize
 from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import by_parameter, stacked
+from loftq_cli.merge import merge
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.runtime import PackedExperts
 from loftq_cli.verify import verify
-from tests.test_experts import SIZES
+from tests.test_eval import save_tokenizer
+from tests.test_experts import SIZES, report_of
 from tests.test_families import QWEN_VL
 
 OPTIONS: dict[str, Any] = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "device": "cpu"}
@@ -165,3 +167,126 @@ def test_a_parameter_of_several_dtypes_is_put_together_without_rounding(mixtral:
     for tensor, slot in slots.items():
         half = slice(96) if slot.piece == "w1" else slice(96, None)
         assert torch.equal(whole[slot.expert][half], values[tensor].float())
+
+
+# --- layers beside the experts
+
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+BESIDE = [  # layers whose last names PEFT would rewrite to parameters of experts
+    f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", "1.mlp.shared_experts") for name in ("down", "gate", "up")
+]
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepseek")
+    torch.manual_seed(0)
+    model = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def attach(out: Path) -> Any:
+    from peft import PeftModel
+
+    base = tf.AutoModelForCausalLM.from_pretrained(out)
+    return PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
+
+
+def layers_with_adapter(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
+
+
+@pytest.mark.parametrize("format", ["packed", "dense", "bnb"])
+def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path, format: str) -> None:
+    made = planned(deepseek, format=format, bits=4, group_size=32)
+    ranks = adapted(made)
+    assert {name: ranks.get(name) for name in BESIDE} == dict.fromkeys(BESIDE, 0)
+    assert {rank for name, rank in ranks.items() if ".self_attn." in name} == {4}
+    assert not [name for name, why in made.skipped.items() if "PEFT" in why]
+    assert any("6 of other layers" in note and "PEFT would put it on the experts" in note for note in made.notes)
+    if format == "bnb":
+        pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    report = quantize(deepseek, out, **{**OPTIONS, "format": format, "bits": 4, "group_size": 32})
+    assert verify(out, str(deepseek)).violations == ()
+    assert "6 weights of other layers have no adapter" in (out / "README.md").read_text()
+    model = attach(out).train()
+    assert layers_with_adapter(model).keys() == {row["name"] for row in report["weights"] if row["rank"]}
+    model(torch.arange(3, 19)[None]).logits.square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_with_an_adapter_on_experts_they_have_one_too(deepseek: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = quantize(deepseek, out, experts_adapter=True, **OPTIONS)
+    rows = {row["name"]: row for row in report["weights"]}
+    assert {rows[name]["rank"] for name in BESIDE} == {4}
+    assert verify(out, str(deepseek)).violations == ()
+    model, source = attach(out), tf.AutoModelForCausalLM.from_pretrained(deepseek)
+    found = layers_with_adapter(model)
+    for name in BESIDE:
+        W = source.get_submodule(name).weight.double()
+        rest = W - found[name].get_base_layer().weight.double() - found[name].get_delta_weight("default").double()
+        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
+        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
+    merge(out, tmp_path / "merged")
+    ids = torch.arange(3, 19)[None]
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert torch.allclose(model(ids).logits, merged, atol=1e-5 * float(merged.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def without_experts(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with dense layers only, of which PEFT says the same."""
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**{**DEEPSEEK, "first_k_dense_replace": 2})).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "cloq": {"method": "cloq"},
+    "apiq-bw": {"method": "apiq-bw", "epochs": 1},
+    "apiq-lw": {"method": "apiq-lw", "epochs": 1},
+    "cloq, with a finish": {"method": "cloq", "finish_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("how", CALIBRATED.values(), ids=CALIBRATED)
+def test_calibrated_methods_round_them_to_text(
+    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(900)))
+    out, model = tmp_path / "out", without_experts if "finish_epochs" in how else deepseek
+    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": "packed"}
+    report = quantize(model, out, **{**OPTIONS, **text, **how})
+    assert verify(out, str(model)).violations == ()
+    rows = {row["name"]: row for row in report["weights"]}
+    beside = BESIDE[:3] if model == without_experts else BESIDE
+    assert all(rows[name]["rank"] == 0 < rows[name]["output_error"] for name in beside)
+    assert {row["rank"] for name, row in rows.items() if ".self_attn." in name} == {4}
+    if how == {"method": "cloq"}:
+        options = {key: value for key, value in OPTIONS.items() if key != "iters"}
+        quantize(model, tmp_path / "plain", **{**options, **text, "method": "qera"})  # which rounds to nearest
+        plain = {row["name"]: row for row in report_of(tmp_path / "plain")["weights"]}
+        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in beside)
+
+
+def test_a_plan_without_any_adapter_is_refused(deepseek: Path) -> None:
+    with pytest.raises(LoftqError, match="no adapter is left") as refused:
+        planned(deepseek, skip=("*.self_attn.*",))
+    assert "--skip" in refused.value.hint
