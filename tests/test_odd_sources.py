@@ -536,6 +536,17 @@ BAD_PICKLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a plain pickle": (lambda file: file.write_bytes(pickle.dumps({"a": 1})), ["before 1.6"]),
     "much of nothing": (lambda file: with_data(file, bytes(1 << 20), zipfile.ZIP_DEFLATED), ["compressed"]),
     "room for billions": (lambda file: with_data(file, b"\x80\x02Nr\xff\xff\xff\x7f."), ["remembers more values"]),
+    "tuples in tuples": (lambda file: with_data(file, b"\x80\x02}N" + b"\x85" * 10**6 + b"Ns."), ["nested"]),
+    "the same by memory": (
+        lambda file: with_data(
+            file, b"\x80\x02}Nq\x00" + b"".join(b"h%c\x85q%c" % (i % 250, (i + 1) % 250) for i in range(10**5)) + b"Ns."
+        ),
+        ["nested"],
+    ),
+    "the same in a list of pairs": (
+        lambda file: with_data(file, b"\x80\x02ccollections\nOrderedDict\n]N" + b"\x85" * 10**6 + b"N\x86a\x85R."),
+        ["nested"],
+    ),
     "truncated": (lambda file: file.write_bytes(pickled_bytes(file)[:-200]), ["damaged", "download"]),
     "LFS pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
     "missing": (lambda file: file.unlink(), ["no safetensors weights"]),
