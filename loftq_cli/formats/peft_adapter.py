@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 
+PREFIX = "base_model.model."  # of all names in adapter_model.safetensors
+
+
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
     """What PEFT multiplies `lora_B @ lora_A` by (`LoraLayer.update_layer`; rslora: arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -25,7 +28,7 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 
 def tensor_names(module: str) -> tuple[str, str]:
     """The names of `lora_A` and `lora_B` in adapter_model.safetensors, for the module name of the loaded model."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 @dataclass(frozen=True)
