@@ -170,9 +170,11 @@ def state_keys(
     keys: dict[str, str] = {}
     converted: dict[str, str] = {}
     for name, (key, pattern) in (renamed or renamed_keys(checkpoint.tensors, model)).items():
+        if key not in state:  # such as of a layer more than the model has
+            continue
         if pattern is not None:
             converted[name] = pattern
-        elif key in state:
+        else:
             keys[name] = key
     return keys, converted
 

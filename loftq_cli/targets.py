@@ -156,7 +156,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             continue
         name = module_of.get(info.name)
         if name is None:
-            skipped[info.name] = "not a weight of this architecture"
+            skipped[info.name] = "not a weight of this architecture: copied, and left out by transformers"
             continue
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":

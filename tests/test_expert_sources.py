@@ -290,3 +290,22 @@ def test_a_plan_without_any_adapter_is_refused(deepseek: Path) -> None:
     with pytest.raises(LoftqError, match="no adapter is left") as refused:
         planned(deepseek, skip=("*.self_attn.*",))
     assert "--skip" in refused.value.hint
+
+
+def test_a_layer_more_than_transformers_has_is_kept_as_it_is(deepseek: Path, tmp_path: Path) -> None:
+    """DeepSeek's, which predicts one token more: others load it."""
+
+    def longer(tensors: dict[str, Tensor]) -> None:
+        more = {name.replace(".1.", ".2.", 1): t for name, t in tensors.items() if name.startswith("model.layers.1.")}
+        tensors.update({name: t + 1 for name, t in more.items()} | {"model.layers.2.eh_proj.weight": torch.ones(8, 4)})
+
+    folder, out = changed(deepseek, tmp_path / "model", longer), tmp_path / "out"
+    report = quantize(folder, out, format="packed", **OPTIONS)
+    reasons = {row["name"]: row["reason"] for row in report["skipped"] if ".layers.2." in row["name"]}
+    source, stored = load_file(folder / FILE), load_file(out / FILE)
+    assert reasons.keys() == {name for name in source if ".layers.2." in name}
+    assert set(reasons.values()) == {"not a weight of this architecture: copied, and left out by transformers"}
+    assert all(torch.equal(stored[name], source[name]) for name in reasons)
+    assert verify(out, str(folder)).violations == ()
+    base = tf.AutoModelForCausalLM.from_pretrained(out)
+    assert base(torch.arange(3, 19)[None]).logits.isfinite().all()
