@@ -309,3 +309,13 @@ def test_a_layer_more_than_transformers_has_is_kept_as_it_is(deepseek: Path, tmp
     assert verify(out, str(folder)).violations == ()
     base = tf.AutoModelForCausalLM.from_pretrained(out)
     assert base(torch.arange(3, 19)[None]).logits.isfinite().all()
+
+
+def test_experts_that_no_packed_layer_stands_for_go_to_dense_and_why(tmp_path: Path) -> None:
+    """Those of Llama 4 see each token times its weight, once for every expert."""
+    sizes = {key: value for key, value in SIZES.items() if key != "num_experts_per_tok"}
+    tf.Llama4ForCausalLM(tf.Llama4TextConfig(**sizes, intermediate_size_mlp=96)).save_pretrained(tmp_path)
+    made = planned(tmp_path, bits=4)
+    assert made.config.format == "dense"
+    (why,) = (note for note in made.notes if note.startswith("format `dense`"))
+    assert "not `packed`: it has no layer for the experts of `model.layers." in why
