@@ -21,6 +21,20 @@ from loftq_cli.jobs import WeightJob
 EXPERT_FACTORS = "expert_factors.safetensors"  # in the work folder
 
 
+def about_experts(jobs: Iterable[WeightJob]) -> str | None:
+    """What the user should know of the weights of experts, and of those whose adapter PEFT takes for the experts'."""
+    without = [job for job in jobs if job.rank == 0]
+    others = [job for job in without if job.expert is None]
+    if not without:
+        return None
+    why = f"{len(others)} of other layers, because PEFT would put it on the experts" if others else ""
+    and_why = f", nor do {why}" if len(others) < len(without) and others else ""
+    told = f"experts: {len(without) - len(others)} weights get bits and no adapter{and_why}"
+    if len(others) == len(without):
+        return f"no adapter for {why}"
+    return f"{told} (`--experts-adapter` gives them one, in `dense`)"
+
+
 def stacked_factors(jobs: Iterable[WeightJob], stacks: Sequence[ExpertStack]) -> dict[str, StackedFactors]:
     """Where the adapter has the factors of experts, by the tensor of the job.
 
@@ -77,14 +91,6 @@ def factor_specs(job: WeightJob, dtype: torch.dtype) -> list[TensorSpec]:
     m, n = reversed(job.shape) if job.embedding else job.shape
     shapes = ((job.rank, n), (m, job.rank)) if job.rank else ()
     return [TensorSpec(name, dtype, shape) for name, shape in zip(job.factor_names, shapes, strict=False)]
-
-
-def about_experts(jobs: Iterable[WeightJob]) -> str | None:
-    """What the user should know of the experts' weights."""
-    experts = [job for job in jobs if job.expert is not None]
-    if not experts or experts[0].rank:
-        return None
-    return f"experts: {len(experts)} weights get bits and no adapter (`--experts-adapter` gives them one, in `dense`)"
 
 
 def assemble(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loftq_cli.agreement import HINT
 from loftq_cli.checkpoint.reader import TensorInfo
+from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import Place
 from loftq_cli.meta_model import renamed_keys
 
@@ -72,9 +75,13 @@ def find_experts(
         tensors: of the checkpoint.
         renamed: the key in the model's state dict of each, and the pattern of the converter that makes it, if any.
         model: as transformers builds it, on the meta device.
+
+    Raises:
+        LoftqError: tensors of experts are of another shape than the model's, or too many, or missing, or some are no
+            floats; names one.
     """
     converters = {
-        pattern: Making(position, tuple(_told(step) for step in converter.operations))
+        pattern: Making(position, tuple(map(_told, converter.operations)), tuple(converter.source_patterns))
         for converter in _converters(model)
         for position, pattern in enumerate(converter.source_patterns)
     }
@@ -91,8 +98,9 @@ def find_experts(
         owner, shape = model.get_submodule(module), tuple(stacks[key].shape)
         standard = hasattr(owner, "is_transposed")
         infos = [tensors[name] for name in makings]
-        alike = infos[0].dtype in FLOATS and len({info.dtype for info in infos}) == 1
-        if alike and (standard or type(owner).__name__ in TRANSPOSED):
+        floats = [info for info in infos if info.dtype in FLOATS]
+        if floats and (standard or type(owner).__name__ in TRANSPOSED):
+            _refuse_dtypes(infos, floats)
             turned = bool(getattr(owner, "is_transposed", True))
             stack = ExpertStack(module, parameter, (parameter,), shape[0], turned, standard)
             found |= _of_all(stack, infos, makings, shape) or _one_by_one(stack, infos, makings, shape)
@@ -101,21 +109,27 @@ def find_experts(
 
 @dataclass(frozen=True)
 class Making:
-    """What transformers makes of a tensor while loading: steps (see `_told`), with it in this place."""
+    """What transformers makes of a tensor while loading: steps (see `_told`), with it in this place of `patterns`."""
 
     position: int
     steps: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
 
 
 def _of_all(
     stack: ExpertStack, infos: Sequence[TensorInfo], makings: Mapping[str, Making], shape: tuple[int, ...]
 ) -> dict[str, ExpertSlot]:
-    """The places of the slices of a tensor that is the parameter, or its transpose; none if it is neither."""
+    """The places of the slices of a tensor that is the parameter, or its transpose; none if it is made otherwise.
+
+    Raises:
+        LoftqError: it is of another shape.
+    """
     steps, stored = makings[infos[0].name].steps, infos[0].shape
     turns = steps == (TURNS,) or (steps == (TURNS_IF_NEEDED,) and stored != shape)
-    known = steps in ((), (TURNS,), (TURNS_IF_NEEDED,))
-    if not known or len(infos) > 1 or stored != ((shape[0], shape[2], shape[1]) if turns else shape):
+    if steps not in ((), (TURNS,), (TURNS_IF_NEEDED,)) or len(infos) > 1:
         return {}
+    if stored != (wanted := (shape[0], shape[2], shape[1]) if turns else shape):
+        raise _another_shape(infos[0], wanted if steps != (TURNS_IF_NEEDED,) else shape)
     slot = ExpertSlot(stack, 0, stack.parameter, stack.transposed != turns)
     return {f"{infos[0].name}[{number}]": replace(slot, expert=number) for number in range(stack.count)}
 
@@ -123,7 +137,11 @@ def _of_all(
 def _one_by_one(
     stack: ExpertStack, infos: Sequence[TensorInfo], makings: Mapping[str, Making], shape: tuple[int, ...]
 ) -> dict[str, ExpertSlot]:
-    """The places of tensors that each hold a piece [m, n] of one expert; none where they do not add up to `shape`."""
+    """The places of tensors that each hold a piece [m, n] of one expert; none if they are made otherwise.
+
+    Raises:
+        LoftqError: one is of another shape, or of an expert that the model does not have, or missing.
+    """
     if stack.transposed or {making.steps[:1] for making in makings.values()} != {(STACKS,)}:
         return {}
     if any(making.steps[1:] not in ((), (JOINS,)) for making in makings.values()):
@@ -135,16 +153,42 @@ def _one_by_one(
         if match is None or names.setdefault(position, match[2]) != match[2]:
             return {}
         there[int(match[1]), position] = info
-    order = sorted(names)
-    stack = replace(stack, pieces=tuple(names[position] for position in order))
-    wanted = (shape[1] // len(order), shape[2])
-    slots = {
+    patterns = makings[infos[0].name].patterns
+    pieces = len(patterns)
+    if shape[1] % pieces:
+        return {}
+    for (number, _), info in there.items():
+        if number >= stack.count:
+            what = f"`{info.name}` in `{info.file}` is of expert {number}, the model that config.json describes has"
+            raise LoftqError(f"{what} {stack.count}", HINT)
+        if info.shape != (wanted := (shape[1] // pieces, shape[2])):
+            raise _another_shape(info, wanted)
+    if len(there) < stack.count * pieces:
+        number, position = next(key for key in product(range(stack.count), range(pieces)) if key not in there)
+        where, name = infos[0].name.rpartition("experts.")[0], patterns[position].split(".")[-2]
+        what = f"{where}experts.{number}.{names.get(position, name)}.weight"
+        raise LoftqError(f"`{what}` is in none of the files, and `{infos[0].name}` is", HINT)
+    stack = replace(stack, pieces=tuple(names[position] for position in sorted(names)))
+    return {
         info.name: ExpertSlot(stack, number, names[position], transposed=False)
         for (number, position), info in sorted(there.items(), key=lambda item: item[0])
-        if number < stack.count and info.shape == wanted
     }
-    complete = len(slots) == len(infos) == stack.count * len(order) and wanted[0] * len(order) == shape[1]
-    return slots if complete else {}
+
+
+def _another_shape(info: TensorInfo, wanted: tuple[int, ...]) -> LoftqError:
+    found = f"`{info.name}` in `{info.file}` has shape {list(info.shape)}"
+    return LoftqError(f"{found}, the model that config.json describes {list(wanted)}", HINT)
+
+
+def _refuse_dtypes(infos: Sequence[TensorInfo], floats: Sequence[TensorInfo]) -> None:
+    """Refuse experts some of which can be quantized, and some not: a layer has all its experts in bits, or none."""
+    if other := next((info for info in infos if info.dtype not in FLOATS), None):
+        kinds = [str(info.dtype).removeprefix("torch.") for info in (other, floats[0])]
+        raise LoftqError(
+            f"`{other.name}` in `{other.file}` is stored as {kinds[0]}, and `{floats[0].name}` of the same experts as "
+            f"{kinds[1]}",
+            f"store it as one of {', '.join(str(kind).removeprefix('torch.') for kind in FLOATS)}",
+        )
 
 
 def _checked(found: dict[str, ExpertSlot], model: Any) -> dict[str, ExpertSlot]:
@@ -176,6 +220,7 @@ def stacked(slots: Mapping[str, ExpertSlot], read: Callable[[str], Tensor]) -> T
         rows, place = len(W), stack.pieces.index(slot.piece)
         if whole is None:
             whole = W.new_empty(stack.count, rows * len(stack.pieces), W.shape[1])
+        whole = whole.to(torch.promote_types(whole.dtype, W.dtype))  # the same, where all have one dtype
         whole[slot.expert, place * rows : (place + 1) * rows] = W
     assert whole is not None
     return whole.mT.contiguous() if stack.transposed else whole

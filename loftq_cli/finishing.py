@@ -89,7 +89,7 @@ def finish(
 
     with live_blocks(stream, weights), torch.enable_grad():
         how = Training(config.finish_epochs, config.finish_lr, seed=config.seed)
-        factors = [factor for weight in weights.values() for factor in weight.parameters()]
+        factors = [factor for weight in weights.values() for factor in weight.parameters() if factor.numel()]
         fit = train([(factors, how.factor_lr)], batches, held_out, loss_of, how, share.mean)
     made = {module: weight.stored() for module, weight in weights.items()}
     return made, fit

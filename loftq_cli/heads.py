@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats.peft_adapter import PREFIX
 
 if TYPE_CHECKING:
     from loftq_cli.targets import Targets
@@ -94,7 +95,7 @@ def head_layout(checkpoint: Checkpoint, tensors: Mapping[str, str]) -> tuple[Ten
 
 def adapter_name(key: str) -> str:
     """The name in adapter_model.safetensors of a key of the model's state dict."""
-    return f"base_model.model.{key}"
+    return f"{PREFIX}{key}"
 
 
 def with_output_head(targets: Targets, model: str) -> Targets:

@@ -186,6 +186,7 @@ def make_jobs(
         m, n = reversed(info.shape) if tensor in targets.transposed else info.shape
         matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
         expert = targets.experts.get(tensor)
+        takes_adapter = config.experts_adapter or (expert is None and module not in targets.retargeted)
         block = BLOCK.match(module) if expert is None else None
         assert config.quantizer is not None
         jobs.append(
@@ -200,7 +201,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer,
                 block=block[0] if block else None,
-                rank=config.rank if expert is None or config.experts_adapter else 0,
+                rank=config.rank if takes_adapter else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
                 embedding=tensor in targets.embeddings,
@@ -252,6 +253,9 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
     """
     if config.experts_adapter and all(job.expert is None for job in jobs):
         raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
+    if all(job.rank == 0 for job in jobs):
+        why = "experts have one with `--experts-adapter` alone, and PEFT takes that of layers called alike for theirs"
+        raise LoftqError(f"no adapter is left: {why}", "`--skip` fewer layers, such as those of attention")
     if too_small := [job for job in jobs if job.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(

@@ -170,9 +170,11 @@ def state_keys(
     keys: dict[str, str] = {}
     converted: dict[str, str] = {}
     for name, (key, pattern) in (renamed or renamed_keys(checkpoint.tensors, model)).items():
+        if key not in state:  # such as of a layer more than the model has
+            continue
         if pattern is not None:
             converted[name] = pattern
-        elif key in state:
+        else:
             keys[name] = key
     return keys, converted
 
@@ -204,12 +206,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-def retargeted_by_peft(model_type: str | None) -> tuple[str, ...]:
-    """Last names that PEFT rewrites to fused experts while it loads an adapter (`_convert_peft_config_moe`)."""
-    from transformers import conversion_mapping
-
-    patterns = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
-    names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
-    return names.get(patterns.get(model_type or "", ""), ())

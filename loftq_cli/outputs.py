@@ -19,12 +19,11 @@ from torch import Tensor
 from loftq_cli.adapters import EXPERT_FACTORS, assemble
 from loftq_cli.checkpoint.reader import CHUNK_BYTES, TensorInfo, read_chunks
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec
-from loftq_cli.heads import adapter_name
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import Journal
 from loftq_cli.plan import ADAPTER_FILE, Plan, Step, adapter_metadata
 from loftq_cli.report import peak_host_bytes
-from loftq_cli.resume import Headers, adapter_names, base_names, growing, read_whenever
+from loftq_cli.resume import Headers, adapter_names, base_names, factor_file, growing, read_whenever
 from loftq_cli.room import Room
 from loftq_cli.worker import BatchResult, hash_tensor, row_dict
 
@@ -97,8 +96,7 @@ class Outputs:
                 is_copy = isinstance(step, TensorInfo)
                 steps.append((2 * number - 3 if is_copy and early else 2 * number, step))
                 writer.forget([step.name] if isinstance(step, TensorInfo) else base_names(self.plan, step))
-                if isinstance(step, WeightBatch):
-                    self._factors[self.plan.factor_file(step.first)].forget(adapter_names(step))
+                self._factors[factor_file(self.plan, step)].forget(adapter_names(self.plan, step))
         return [step for _, step in sorted(steps, key=lambda pair: pair[0])]
 
     def expect(self, steps: Iterable[Step]) -> None:
@@ -119,7 +117,7 @@ class Outputs:
 
     def rewrite(self, job: WeightJob, factors: tuple[Tensor, Tensor], measured: Mapping[str, Any]) -> None:
         """Replace the factors of a weight that is written, and what its row says of them."""
-        tensors = dict(zip(job.factor_names, factors, strict=True))
+        tensors = dict(zip(job.factor_names, factors, strict=True)) if job.rank else {}
         row = {k: value for k, value in {**self.journal.rows[job.tensor], **measured}.items() if value is not None}
         row["sha256"] = {**row["sha256"], **{name: hash_tensor(tensor) for name, tensor in tensors.items()}}
         for name, tensor in tensors.items():
@@ -156,17 +154,10 @@ class Outputs:
             future.result()
 
     def finish_shards(self) -> None:
-        """Make the shards whole that are complete; with several ranks, once all have drained, each its share.
-
-        Of the adapter, this writes what is no factor: the head, if it holds one.
-        """
+        """Make the shards whole that are complete; with several ranks, once all have drained, each its share."""
         if self._ranks > 1:
             self.journal.load()
             self.adapter.written.update(self.journal.file(ADAPTER_FILE).written)
-        if self._rank == 0:
-            for name, key in self.plan.targets.head.tensors.items():
-                info = self.plan.checkpoint.tensors[name]
-                self.adapter.write_chunks(adapter_name(key), read_chunks(self.plan.checkpoint.path(info.file), info))
         for number, shard in enumerate(self.plan.shards):
             if self.journal.file(shard.file).sha256 is None and number % self._ranks == self._rank:
                 if self._ranks > 1:  # opened again, for over a network what others wrote shows only then
@@ -229,13 +220,12 @@ class Outputs:
         return ShardWriter(place, self.out / file, layout, metadata, written, join=join, hash_ahead=ahead)
 
     def _is_done(self, step: Step, writer: ShardWriter) -> bool:
+        if not self._factors[factor_file(self.plan, step)].written.issuperset(adapter_names(self.plan, step)):
+            return False
         if isinstance(step, TensorInfo):
             return step.name in writer.written
-        return (
-            all(job.tensor in self.journal.rows for job in step.jobs)
-            and writer.written.issuperset(base_names(self.plan, step))
-            and self._factors[self.plan.factor_file(step.first)].written.issuperset(adapter_names(step))
-        )
+        rows = self.journal.rows
+        return all(job.tensor in rows for job in step.jobs) and writer.written.issuperset(base_names(self.plan, step))
 
     def _report(self, step: Step) -> None:
         if isinstance(step, WeightBatch):
@@ -252,9 +242,12 @@ class Outputs:
 
     def _copy(self, info: TensorInfo) -> None:
         start = time.perf_counter()
-        path = self.plan.checkpoint.path(info.file)
+        path, heads = self.plan.checkpoint.path(info.file), adapter_names(self.plan, info)
         self._shards[info.file].write_chunks(info.name, read_chunks(path, info))
-        self._done(info.file, {info.file: [info.name]}, [], {"write": time.perf_counter() - start}, 1)
+        for name in heads:  # now, because with `--evict` the file goes
+            self.adapter.write_chunks(name, read_chunks(path, info))
+        written = {info.file: [info.name], **({ADAPTER_FILE: heads} if heads else {})}
+        self._done(info.file, written, [], {"write": time.perf_counter() - start}, 1)
 
     def _store(self, result: BatchResult, read_seconds: float) -> None:
         result.wait()

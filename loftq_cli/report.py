@@ -116,15 +116,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             "estimated_peak_device_bytes": plan.peak_device_bytes,
         },
         "weights": [
-            {
-                "name": job.module,
-                "tensor": job.tensor,
-                "shape": list(job.shape),
-                "bits": job.bits,
-                "group_size": job.group_size,
-                "quantizer": job.quantizer,
-                "rank": job.rank,
-            }
+            {"name": job.module, "tensor": job.tensor, "shape": list(job.shape)}
+            | {key: getattr(job, key) for key in ("bits", "group_size", "quantizer", "rank")}
             for job in plan.jobs
         ],
         "skipped": [{"name": name, "reason": reason} for name, reason in plan.skipped.items()],
@@ -203,15 +196,17 @@ def trained(report: Mapping[str, Any]) -> str | None:
 
 
 def about_experts(report: Mapping[str, Any]) -> str | None:
-    """What the experts of a model have; None where there are none."""
+    """What the experts of a model have, and layers whose adapter PEFT takes for theirs; None where there are none."""
     experts = [row for row in report["weights"] if "expert" in row]
+    others = [row for row in report["weights"] if "expert" not in row and not row["rank"]]
+    why = f"{len(others)} weights of other layers have no adapter, because PEFT would put it on the experts"
     if not experts:
-        return None
+        return why if others else None
     adapter = "an adapter each" if experts[0]["rank"] else "no adapter"
     if report["adapter_config"]["rank_pattern"]:
         adapter += " (PEFT 0.21 says that it ignores keys of `rank_pattern`, and does not)"
     how = ", chosen without looking at text" if report["config"]["method"] in CALIBRATED else ""
-    return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}"
+    return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}" + (f"; {why}" if others else "")
 
 
 def _helped(fit: Mapping[str, Any]) -> bool:

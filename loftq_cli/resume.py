@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loftq_cli.adapters import EXPERT_FACTORS
@@ -13,9 +14,10 @@ from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_te
 from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
+from loftq_cli.heads import adapter_name
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER, Journal
-from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, adapter_metadata
+from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, Step, adapter_metadata
 
 Stored = tuple[dict[str, Tensor], tuple[Tensor, Tensor]]  # of the base, by name, and the factors as stored
 
@@ -52,17 +54,19 @@ def is_whole(plan: Plan, shard: ShardPlan, out: Path, journal: Journal) -> bool:
         and path.exists()
         and path.stat().st_size == file_bytes(shard.layout, shard.metadata)
         and all(
-            journal.file(plan.factor_file(step.first)).written.issuperset(adapter_names(step))
-            for step in shard.steps
-            if isinstance(step, WeightBatch)
+            journal.file(factor_file(plan, step)).written.issuperset(adapter_names(plan, step)) for step in shard.steps
         )
     )
 
 
 def read_back(plan: Plan, out: Path, job: WeightJob) -> Stored:
-    """What was written for `job`, from files that are whole or still grow."""
+    """What was written for `job`, from files that are whole or still grow; factors of rank 0 are in none."""
     names = [spec.name for spec in plan.stored(job)]
-    lora_A, lora_B = read_whenever(out, ADAPTER_FILE, job.factor_names)
+    m, n = job.shape
+    factors = [torch.empty(0, n), torch.empty(m, 0)]
+    if job.rank:
+        factors = read_whenever(out, ADAPTER_FILE, job.factor_names)
+    lora_A, lora_B = factors
     return dict(zip(names, read_whenever(out, job.file, names), strict=True)), (lora_A, lora_B)
 
 
@@ -93,9 +97,17 @@ def base_names(plan: Plan, batch: WeightBatch) -> list[str]:
     return [spec.name for job in batch.jobs for spec in plan.stored(job)]
 
 
-def adapter_names(batch: WeightBatch) -> list[str]:
-    """The adapter's tensors for a batch."""
-    return [name for job in batch.jobs if job.rank for name in job.factor_names]
+def adapter_names(plan: Plan, step: Step) -> list[str]:
+    """The tensors that a step leaves in `factor_file`: factors, or a copy of what is copied, of a head."""
+    if isinstance(step, TensorInfo):
+        key = plan.targets.head.tensors.get(step.name)
+        return [] if key is None else [adapter_name(key)]
+    return [name for job in step.jobs if job.rank for name in job.factor_names]
+
+
+def factor_file(plan: Plan, step: Step) -> str:
+    """Where a step leaves what is for the adapter."""
+    return ADAPTER_FILE if isinstance(step, TensorInfo) else plan.factor_file(step.first)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

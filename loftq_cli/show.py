@@ -62,7 +62,7 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
     target = f" → {out}" if out else ""
     device = totals["estimated_peak_device_bytes"]
     without = sum(row["rank"] == 0 for row in summary["weights"])
-    but = f" (none for the {without} weights of experts)" if without else ""
+    but = f" (none for {without} of the weights)" if without else ""
     output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
     _skips(output, summary["skipped"])
     output.result(

@@ -23,6 +23,7 @@ from loftq_cli.embeddings import TokenEmbedding, find_embeddings
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import FLOATS, ExpertSlot, ExpertStack, find_experts
 from loftq_cli.heads import Head, choose_head
+from loftq_cli.layers import is_conv1d, is_linear, is_replaceable, is_router, kind_of, retargeted_by_peft, stored_as
 from loftq_cli.meta_model import (
     AUTO_CLASSES,
     UnknownModelError,
@@ -30,11 +31,8 @@ from loftq_cli.meta_model import (
     find_auto_class,
     model_classes,
     renamed_keys,
-    retargeted_by_peft,
     state_keys,
 )
-
-PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
 
 # For the fallback only: parts of names that are two-dimensional weights but not linear layers, or never quantized.
 NOT_LINEAR = re.compile(
@@ -52,6 +50,7 @@ class Targets:
         linears: tensor name → module name, for every weight that may be quantized; of an expert in a tensor of all,
             the name of the slice, `name[3]`.
         experts: the places of those among `linears` that are matrices of experts, see `ExpertSlot`.
+        retargeted: modules among `linears` whose adapter PEFT would put on the experts, were they its target modules.
         transposed: names of all weights that are stored [in_features, out_features], those of `Conv1D`.
         skipped: tensor name → reason, for every other tensor.
         skipped_linears: module names of linear layers among `skipped`: loaders must be told to leave them alone.
@@ -79,6 +78,7 @@ class Targets:
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     experts: dict[str, ExpertSlot] = field(default_factory=dict)
+    retargeted: frozenset[str] = frozenset()
     output_head: tuple[str, str] | None = None
     embeddings: dict[str, TokenEmbedding] = field(default_factory=dict)
     note: str | None = None
@@ -154,19 +154,20 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             linears |= {name: experts[name].name for name in names}
             continue
         if info.name in converted:
-            skipped[info.name] = f"changed by transformers while loading ({converted[info.name]})"
+            changed = f"changed by transformers while loading ({converted[info.name]})"
+            skipped[info.name] = changed if info.dtype in FLOATS else stored_as(info)
             continue
         name = module_of.get(info.name)
         if name is None:
-            skipped[info.name] = "not a weight of this architecture"
+            skipped[info.name] = "not a weight of this architecture: copied, and left out by transformers"
             continue
         module = modules[name]
         if info.name.rsplit(".", 1)[-1] != "weight":
             owner = modules[name.partition(".parametrizations.")[0]]  # of a weight in two parts, as in weight norm
-            kind = "convolution" if _kind(owner) == "convolution" else "not a linear weight"
+            kind = "convolution" if kind_of(owner) == "convolution" else "not a linear weight"
             skipped[info.name] = "bias" if info.name.endswith("bias") else kind
-        elif not _is_linear(module) and not _is_conv1d(module):
-            skipped[info.name] = _kind(module)
+        elif not is_linear(module) and not is_conv1d(module):
+            skipped[info.name] = kind_of(module)
         elif module is head:
             skipped[info.name] = "output head"
             output_head = (info.name, name) if f"{name}.weight" not in tied and info.dtype in FLOATS else None
@@ -176,12 +177,10 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "task head"
         elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
             skipped[info.name] = f"transformers keeps `{kept}` in float32"
-        elif name.rpartition(".")[2] in retargeted:
-            skipped[info.name] = "PEFT would put its adapter on the experts"
-        elif _is_router(name, module, checkpoint.config):
+        elif is_router(name, module, checkpoint.config):
             skipped[info.name] = "router"
         elif info.dtype not in FLOATS:
-            skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
+            skipped[info.name] = stored_as(info)
         else:
             linears[info.name] = name
     found = set(linears.values())
@@ -190,9 +189,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     return Targets(
         linears=linears,
         skipped=skipped,
-        skipped_linears=tuple(
-            name for name, module in modules.items() if _is_replaceable(module) and name not in found
-        ),
+        skipped_linears=tuple(name for name, module in modules.items() if is_replaceable(module) and name not in found),
         module_names=tuple(modules),
         architecture=architecture,
         auto_class=auto_class,
@@ -211,53 +208,19 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             None,
         ),
         transposed=frozenset(
-            tensor for tensor, name in module_of.items() if _is_conv1d(modules[name]) and tensor.endswith(".weight")
+            tensor for tensor, name in module_of.items() if is_conv1d(modules[name]) and tensor.endswith(".weight")
         )
         | {tensor for tensor, slot in experts.items() if slot.transposed},
         experts=experts,
+        retargeted=frozenset(name for name in found.intersection(modules) if name.rpartition(".")[2] in retargeted),
         output_head=output_head,
         embeddings=find_embeddings(model, checkpoint.tensors, module_of),
     )
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return type(module) is torch.nn.Linear or type(module).__name__ in PLAIN_SUBCLASSES
-
-
-def _is_conv1d(module: torch.nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose weight is [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _is_replaceable(module: torch.nn.Module) -> bool:
-    """Whether loaders put a quantized layer in this module's place unless they are told not to."""
-    return isinstance(module, torch.nn.Linear) or _is_conv1d(module)
-
-
 def _tied_names(model: Any) -> set[str]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return set(tied) | set(tied.values())
-
-
-def _kind(module: torch.nn.Module) -> str:
-    """The reason for skipping the weight of a module that is not a linear layer."""
-    name = type(module).__name__
-    if isinstance(module, torch.nn.Embedding) or "Embedding" in name:
-        return "embedding"
-    if "Norm" in name:
-        return "norm"
-    if "Conv" in name:
-        return "convolution"
-    return "router" if "Router" in name else f"not a linear layer ({name})"
-
-
-def _is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bool:
-    text = config.get("text_config") or config
-    counts = {text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
-    last = name.rsplit(".", 1)[-1]
-    return ("router" in name or last in ("gate", "shared_expert_gate")) and (
-        module.out_features in counts or module.out_features == 1
-    )
 
 
 def guess_targets(checkpoint: Checkpoint) -> Targets:
@@ -270,7 +233,7 @@ def guess_targets(checkpoint: Checkpoint) -> Targets:
         elif found := NOT_LINEAR.search(info.name):
             skipped[info.name] = f"its name holds `{found[0]}`"
         elif info.dtype not in FLOATS:
-            skipped[info.name] = f"stored as {str(info.dtype).removeprefix('torch.')}"
+            skipped[info.name] = stored_as(info)
         else:
             linears[info.name] = info.name.removesuffix(".weight")
     architecture = (checkpoint.config.get("architectures") or ["AutoModelForCausalLM"])[0]

@@ -80,7 +80,7 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     if source is None:
         return Verdict(count, 0, None, tuple(violations), edited)
     checkpoint = open_checkpoint(source, None if Path(source).is_dir() else report["source"]["revision"])
-    violations += _check_copies(out, report, checkpoint)
+    violations += _check_copies(out, report, checkpoint) + _check_heads(out, checkpoint)
     rows: list[tuple[float, float]] = []
     if not violations:  # errors recomputed from files that are known to be wrong would tell nothing
         rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
@@ -172,6 +172,22 @@ def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> 
                 continue
             if info.name not in infos or not _same_bytes(checkpoint.path(file), info, out / file, infos[info.name]):
                 violations.append(f"`{info.name}` in `{file}` is not the source's")
+    return violations
+
+
+def _check_heads(out: Path, checkpoint: Checkpoint) -> list[str]:
+    """What the adapter holds beside factors are copies of the source's: of a head that PEFT trains as a whole."""
+    if not (out / ADAPTER_FILE).is_file():
+        return []
+    violations, path = [], out / ADAPTER_FILE
+    for info in read_header(path, ADAPTER_FILE).tensors.values():
+        if ".lora_" in info.name:
+            continue
+        named = checkpoint.tensors.get(info.name.removeprefix(peft_adapter.PREFIX))
+        # transformers may have other names than the files: then it must be a copy of some tensor
+        of = checkpoint.tensors.values() if named is None else [named]
+        if not any(_same_bytes(checkpoint.path(one.file), one, path, info) for one in of):
+            violations.append(f"`{info.name}` in `{ADAPTER_FILE}` is not the source's")
     return violations
 
 

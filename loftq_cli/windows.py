@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loftq_cli.calibration.stand_in import WAY_OUT
-from loftq_cli.calibration.stream import ties_of
+from loftq_cli.calibration.stream import BlockStream, ties_of
 from loftq_cli.calibration.text import Calibration, read_texts, token_batches
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import by_parameter
@@ -64,6 +64,8 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
             f"the tokenizer of `{checkpoint.model}` says {highest}, and the model knows {words} tokens",
             "put the tokenizer that it was trained with beside the weights",
         )
+    if len(plan.block_paths) > 1 and any(job.expert for job in plan.jobs):
+        _refuse_uncalled(model, names, plan, calibration)
     return calibration
 
 
@@ -100,6 +102,16 @@ def _refuse_unreadable(model: Any, names: dict[str, str], plan: Plan) -> None:
             )
         if plan.config.finish_epochs > 0:
             raise LoftqError(f"`{name}` is in no file, so what the model says is not known", "leave out the finish")
+
+
+def _refuse_uncalled(model: Any, names: dict[str, str], plan: Plan, calibration: Calibration) -> None:
+    """Refuse blocks that text does not reach, as of a vision tower; the block loop would, once all experts are made.
+
+    It takes what is outside the blocks, such as embeddings, and the first sample.
+    """
+    tokens, dtype = calibration.tokens[:1], plan.jobs[0].dtype
+    turned, paths = plan.targets.transposed, plan.block_paths
+    BlockStream(model, plan.checkpoint, names, turned, {}, paths, tokens, [slice(1)], torch.device("cpu"), dtype)
 
 
 def _positions(model: Any, config: dict[str, Any]) -> int:

@@ -185,17 +185,17 @@ def decompose(
     name = config.init or config.method
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
     quantizer = plan.make_quantizer(batch.first)
-    if batch.first.rank == 0:
+    rank = batch.first.rank
+    if rank == 0 and (inputs is None or name != "cloq"):  # whose rounding sees text, too
         return without_factors(weights, quantizer, timed=watch)
     if inputs is not None and name in GRAM_METHODS:
         target, method = inputs.target(weights), GRAM_METHODS[name]
-        return method(target, quantizer, config.rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
+        return method(target, quantizer, rank, inputs=inputs, iters=config.iters, seeds=seeds, timed=watch)
     # a GPU's kernels read the stored dtype, a CPU would convert it in every round
     W = weights if weights.is_cuda else weights.float()
     start = embedding_start if batch.first.embedding else zero_start
-    return METHODS.get(name, METHODS["loftq"])(
-        W, quantizer, batch.first.rank, iters=config.iters, seeds=seeds, start=start, timed=watch
-    )
+    weight_only = METHODS.get(name, METHODS["loftq"])
+    return weight_only(W, quantizer, rank, iters=config.iters, seeds=seeds, start=start, timed=watch)
 
 
 def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, watch: Stopwatch) -> BatchResult:

@@ -259,6 +259,22 @@ def test_fp8_with_one_scale(scale: Tensor, tmp_path: Path) -> None:
     assert torch.equal(W, codes.float() / 2)
 
 
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_fp8_vectors(block: int, tmp_path: Path) -> None:
+    """One scale for all of a vector of 7, or one for each 3, the last one short, or for each one of them."""
+    codes = torch.linspace(-4, 4, 7).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 1 + -(-7 // block))
+    entry = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    save_file({"norm.weight": codes, "norm.weight_scale_inv": scale}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.tensors.keys() == {"norm.weight"}
+    info = checkpoint.tensors["norm.weight"]
+    assert info.shape == (7,)
+    exact = codes.double() * scale.double().repeat_interleave(block)[:7]
+    assert is_rounded(read_tensor(checkpoint.path(info.file), info), exact)
+
+
 def test_fp8_of_experts_in_one_tensor(tmp_path: Path) -> None:
     """Blocks of 4 × 3 in three matrices 6 × 5, the last ones short on both sides."""
     matrices = [to_fp8(torch.randn(6, 5), 4, 3) for _ in range(3)]
@@ -279,6 +295,11 @@ def test_fp8_of_experts_in_one_tensor(tmp_path: Path) -> None:
 CODES = torch.ones(6, 8).to(torch.float8_e4m3fn)
 BAD_FP8: dict[str, tuple[dict[str, Tensor], list[str]]] = {
     "no scale": ({"x.weight": CODES}, ["`x.weight`", "has no `x.weight_scale_inv`"]),
+    "a vector without scale": ({"norm.weight": CODES[0].clone()}, ["`norm.weight`", "has no `norm.weight_scale_inv`"]),
+    "a vector with a scale of other blocks": (
+        {"norm.weight": CODES[0].clone(), "norm.weight_scale_inv": torch.ones(3)},
+        ["`norm.weight_scale_inv` [3]", "of `norm.weight` [8]"],
+    ),
     "scale of other blocks": (
         {"x.weight": CODES, "x.weight_scale_inv": torch.ones(4, 3)},
         ["`x.weight_scale_inv` [4, 3]", "[2, 2] of `x.weight` [6, 8]"],
@@ -515,6 +536,17 @@ BAD_PICKLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a plain pickle": (lambda file: file.write_bytes(pickle.dumps({"a": 1})), ["before 1.6"]),
     "much of nothing": (lambda file: with_data(file, bytes(1 << 20), zipfile.ZIP_DEFLATED), ["compressed"]),
     "room for billions": (lambda file: with_data(file, b"\x80\x02Nr\xff\xff\xff\x7f."), ["remembers more values"]),
+    "tuples in tuples": (lambda file: with_data(file, b"\x80\x02}N" + b"\x85" * 10**6 + b"Ns."), ["nested"]),
+    "the same by memory": (
+        lambda file: with_data(
+            file, b"\x80\x02}Nq\x00" + b"".join(b"h%c\x85q%c" % (i % 250, (i + 1) % 250) for i in range(10**5)) + b"Ns."
+        ),
+        ["nested"],
+    ),
+    "the same in a list of pairs": (
+        lambda file: with_data(file, b"\x80\x02ccollections\nOrderedDict\n]N" + b"\x85" * 10**6 + b"N\x86a\x85R."),
+        ["nested"],
+    ),
     "truncated": (lambda file: file.write_bytes(pickled_bytes(file)[:-200]), ["damaged", "download"]),
     "LFS pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
     "missing": (lambda file: file.unlink(), ["no safetensors weights"]),

@@ -279,7 +279,7 @@ def test_what_is_not_of_the_model_is_left_alone(tiny_llama: Path, tmp_path: Path
     tensors = {**load_file(tiny_llama / "model.safetensors"), "extra.weight": torch.zeros(64, 64)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
-    assert plan(tmp_path, bits=2, rank=4).skipped["extra.weight"] == "not a weight of this architecture"
+    assert plan(tmp_path, bits=2, rank=4).skipped["extra.weight"].startswith("not a weight of this architecture")
 
 
 def test_every_choice_of_the_configuration_is_a_row_of_its_table() -> None:

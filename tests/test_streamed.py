@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers as tf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from loftq_cli import quantize
@@ -219,6 +220,36 @@ def test_the_disk_stays_bounded_and_bytes_are_the_same_killed_or_not(
     assert {path.name for path in (tmp_path / "other-home").rglob("*.safetensors")} == kept
     assert all(hub.bytes_served[name] <= 100_000 for name in shards)
     assert {name: contents(again)[name] for name in shards} == {name: expected[name] for name in shards}
+
+
+def test_a_head_that_goes_to_the_adapter_is_fetched_once(tmp_path: Path) -> None:
+    """It is written with its shard, which is deleted then."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=64,
+        num_labels=50, pad_token_id=0,
+    )  # fmt: skip
+    model, out, home = tmp_path / "model", tmp_path / "out", tmp_path / "home"
+    tf.LlamaForSequenceClassification(config).save_pretrained(model, max_shard_size="150KB")
+    shards = {path.name: path.stat().st_size for path in model.glob("*.safetensors")}
+    assert len(shards) > 3 * KEPT
+    (weight_map,) = (json.loads(path.read_text())["weight_map"] for path in model.glob("*.index.json"))
+    held: list[int] = []
+
+    def look(name: str) -> None:
+        places = [*(out / ".loftq" / "source").rglob("*"), *home.rglob("*")]
+        held.append(sum(path.stat().st_size for path in places if path.is_file() and path.suffix != ".json"))
+
+    with HubServer() as server:
+        server.add("org/many", model)
+        server.on_download = look
+        assert run(server, home, out, evict=True) == 0
+        # and before that its header was looked for in the first 100 KB
+        assert all(server.bytes_served[name] == size + min(size, 100_000) for name, size in shards.items())
+    assert max(held) <= KEPT * max(shards.values())
+    adapter = load_file(out / "loftq_init" / "adapter_model.safetensors")
+    source = load_file(model / weight_map["score.weight"])
+    assert torch.equal(adapter["base_model.model.score.weight"], source["score.weight"])
 
 
 def test_overwrite_clears_what_was_fetched(hub: HubServer, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from loftq_cli import quantize
@@ -197,3 +200,25 @@ def test_a_head_of_a_run_that_is_stopped_is_there_after_resume(tmp_path: Path) -
     adapter = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")
     source = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(adapter["base_model.model.classifier.weight"], source["classifier.weight"])
+
+
+def test_verify_compares_the_head_in_the_adapter_with_the_source(tmp_path: Path) -> None:
+    """A report that was made to agree does not hide what is wrong with it."""
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    quantize(tmp_path / "model", out, bits=4, rank=4, format="dense", device="cpu")
+    assert verify(out, str(tmp_path / "model")).violations == ()
+    file = out / "loftq_init" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["base_model.model.classifier.weight"][1, 2] += 1
+    save_file(tensors, file, metadata)
+    report = json.loads((out / "loftq_report.json").read_text())
+    report["files"]["loftq_init/adapter_model.safetensors"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    assert verify(out).violations == ()
+    (violation,) = verify(out, str(tmp_path / "model")).violations
+    assert "`base_model.model.classifier.weight`" in violation
+    assert "is not the source's" in violation

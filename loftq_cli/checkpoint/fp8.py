@@ -106,14 +106,14 @@ def fold_scales(
 
     folded, used = dict(tensors), 0
     for name, info in tensors.items():
-        if info.dtype not in FP8 or len(info.shape) < 2:
+        if info.dtype not in FP8:
             continue
         names = {"weight": name, "module": name.removesuffix(".weight")}
         scale = next((tensors[key] for row in SCALES if (key := row.format(**names)) in tensors), None)
         if scale is None:
             raise LoftqError(f"`{name}` in `{info.file}` is fp8 and has no `{name}_scale_inv` beside it", _HINT)
         block = _block(info, scale, entry.get("weight_block_size"))
-        decoder = Scaled(info, scale, block, dtype, place)
+        decoder = Scaled(replace(info, shape=_as_matrix(info.shape)), scale, block, dtype, place)
         nbytes = math.prod(info.shape) * dtype.itemsize
         folded[name] = replace(info, dtype=dtype, nbytes=nbytes, decoder=decoder)
         folded.pop(scale.name, None)
@@ -142,22 +142,24 @@ def _dtypes(*parts: Any) -> list[Any]:
     return [part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
 
 
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """That of a vector or a number as one of a matrix of one row, and any other as it is."""
+    return (1,) * (2 - len(shape)) + shape
+
+
 def _block(info: TensorInfo, scale: TensorInfo, named: Any) -> tuple[int, int]:
     """The block [bm, bn] that one scale is for: the config's where it fits, else what both shapes say."""
-    (m, n), grid = info.shape[-2:], scale.shape
-    if math.prod(grid) == 1 and len(info.shape) == 2:
+    shape, grid = _as_matrix(info.shape), _as_matrix(scale.shape)
+    m, n = shape[-2:]
+    if math.prod(grid) == 1 and len(shape) == 2:
         return m, n
     match named:
-        case [int(bm), int(bn)] if bm > 0 and bn > 0 and grid == (*info.shape[:-2], -(-m // bm), -(-n // bn)):
+        case [int(bm), int(bn)] if bm > 0 and bn > 0 and grid == (*shape[:-2], -(-m // bm), -(-n // bn)):
             return bm, bn
-    if (
-        len(grid) == len(info.shape)
-        and grid[:-2] == info.shape[:-2]
-        and 0 not in grid
-        and not (m % grid[-2] or n % grid[-1])
-    ):
+    if len(grid) == len(shape) and grid[:-2] == shape[:-2] and 0 not in grid and not (m % grid[-2] or n % grid[-1]):
         return m // grid[-2], n // grid[-1]
     raise LoftqError(
-        f"`{scale.name}` {list(grid)} in `{scale.file}` fits no blocks {named} of `{info.name}` {list(info.shape)}",
+        f"`{scale.name}` {list(scale.shape)} in `{scale.file}` fits no blocks {named} of "
+        f"`{info.name}` {list(info.shape)}",
         _HINT,
     )

@@ -30,7 +30,17 @@ STORAGES = {
 }  # fmt: skip
 DTYPES = {"float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"}  # of `_rebuild_tensor_v3`
 LOCAL_HEADER_BYTES = 30  # of a file in a zip file; its name and an extra field follow, whose lengths stand in it
+DEEPEST = 50  # tuples in each other: torch has three
 MOST_BYTES = 100_000_000  # of what is no values, as safetensors allows in a header
+# by the names of a pickle's operations: whether each takes all up to a mark, how many values more, how many it leaves
+EFFECTS = {
+    code.name: (
+        pickletools.markobject in code.stack_before,
+        [*code.stack_before, pickletools.markobject].index(pickletools.markobject),
+        len(code.stack_after),
+    )
+    for code in pickletools.opcodes
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def read_pickled(path: Path, file: str, shown_as: str) -> Header:
                 if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
                     raise NotPlainError("its numbers are big-endian")
                 raw = archive.read(records["data.pkl"])
-            _refuse_wide_memos(raw)
+            _refuse_bombs(raw)
             content = _Unpickler(raw).load()
             tensors = {}
             for name, tensor in _flat(content).items():
@@ -99,11 +109,36 @@ def read_pickled(path: Path, file: str, shown_as: str) -> Header:
     return Header(raw, {info.name: info for info in infos}, {})
 
 
-def _refuse_wide_memos(raw: bytes) -> None:
-    """Refuse to remember a value under a number beyond those before it: room would be made for all between."""
+def _refuse_bombs(raw: bytes) -> None:
+    """Refuse what would end the process rather than raise: it goes through what the pickle does, and makes nothing.
+
+    A value remembered under a number beyond those before it makes room for all between. A tuple of a tuple of a tuple,
+    as the name of a tensor, is hashed from the outside in, each within the call for the other.
+    """
+    stack: list[int | None] = []  # how deep tuples are in what lies there; None for a mark
+    memo: dict[int, int | None] = {}
     for count, (code, argument, _) in enumerate(pickletools.genops(raw)):
-        if code.name.endswith("PUT") and int(argument or 0) > count:
-            raise NotPlainError("it remembers more values than it has")
+        if code.name.endswith("PUT"):
+            if int(argument or 0) > count:
+                raise NotPlainError("it remembers more values than it has")
+            memo[int(argument or 0)] = stack[-1]
+        elif code.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif code.name.endswith("GET"):
+            stack.append(memo[int(argument or 0)])
+        elif code.name == "MARK":
+            stack.append(None)
+        else:
+            to_mark, more, made = EFFECTS[code.name]
+            deepest = 0
+            while to_mark and (depth := stack.pop()) is not None:
+                deepest = max(deepest, depth)
+            for _ in range(more):
+                deepest = max(deepest, stack.pop() or 0)
+            deepest += code.name.startswith("TUPLE")
+            if deepest > DEEPEST:
+                raise NotPlainError("its values are nested beyond all measure")
+            stack += [deepest] * made
 
 
 def _flat(content: Any) -> Mapping[str, _Tensor]:

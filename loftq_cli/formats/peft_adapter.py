@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
 
+PREFIX = "base_model.model."  # of all names in adapter_model.safetensors
+
+
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
     """What PEFT multiplies `lora_B @ lora_A` by (`LoraLayer.update_layer`; rslora: arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -26,8 +29,8 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 def tensor_names(module: str, embedding: bool = False) -> tuple[str, str]:
     """The names of the factors in adapter_model.safetensors, for the module name of the loaded model."""
     if embedding:
-        return f"base_model.model.{module}.lora_embedding_A", f"base_model.model.{module}.lora_embedding_B"
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def of_embedding(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +98,11 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     alpha = plan.config.alpha
     assert alpha is not None, "a plan has decided it"
     head = plan.targets.head
-    modules = (job.module for job in plan.jobs if job.rank and job.expert is None and not job.embedding)
+    retargeted = plan.targets.retargeted
+    adapted = [job for job in plan.jobs if job.rank and job.expert is None and job.module not in retargeted]
+    modules = (job.module for job in adapted if not job.embedding)
     # by their whole names: where the last part is `embed_tokens`, PEFT would save the base's table with the adapter
-    tables = [job.module for job in plan.jobs if job.rank and job.embedding]
+    tables = [job.module for job in adapted if job.embedding]
     parameters = target_parameters(plan)
     pattern = {name: pieces for name, pieces in parameters.items() if pieces > 1}
     return {
@@ -129,15 +134,18 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
 def target_parameters(plan: Plan) -> dict[str, int]:
     """The parameters that PEFT is to adapt, and the pieces of each: last parts of names where all that end so are in.
 
-    PEFT takes a parameter whose name ends in `.target`.
+    PEFT takes a parameter whose name ends in `.target`. So are adapted experts, and the weights of layers that it would
+    take for experts, by the last part of their names, were they target modules.
     """
+    layers = [job.module for job in plan.jobs if job.rank and job.module in plan.targets.retargeted]
+    ends = target_modules(layers, plan.targets.module_names, parts=2)
     adapted = {job.expert.stack for job in plan.jobs if job.expert is not None and job.rank}
     last = {stack: f"{_last(stack.module)}.{stack.parameter}" for stack in plan.targets.stacks}
     too_wide = {last[stack] for stack in plan.targets.stacks if stack not in adapted}
     return {
         f"{stack.module}.{stack.parameter}" if last[stack] in too_wide else last[stack]: len(stack.pieces)
         for stack in adapted
-    }
+    } | {f"{end}.weight": 1 for end in ends}
 
 
 def _plain(alpha: float) -> float:
@@ -145,7 +153,7 @@ def _plain(alpha: float) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def target_modules(modules: Iterable[str], all_module_names: Iterable[str]) -> list[str]:
+def target_modules(modules: Iterable[str], all_module_names: Iterable[str], parts: int = 1) -> list[str]:
     """The shortest targets by which PEFT selects exactly `modules`: last parts of names where all that end so are in.
 
     PEFT takes a module whose name is a target or ends in `.target`; full names stand where the last part would select
@@ -154,12 +162,14 @@ def target_modules(modules: Iterable[str], all_module_names: Iterable[str]) -> l
     Args:
         modules: names of the modules that have factors.
         all_module_names: of the whole model; empty if not known.
+        parts: how many last parts a target has.
     """
     wanted = set(modules)
     names = set(all_module_names)
-    too_wide = {_last(name) for name in names - wanted}
-    return sorted({_last(module) if names and _last(module) not in too_wide else module for module in wanted})
+    too_wide = {_last(name, parts) for name in names - wanted}
+    ends = {module: _last(module, parts) for module in wanted}
+    return sorted({end if names and end not in too_wide else module for module, end in ends.items()})
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def _last(name: str, parts: int = 1) -> str:
+    return ".".join(name.split(".")[-parts:])

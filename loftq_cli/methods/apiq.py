@@ -73,7 +73,7 @@ def fit_block(
 
 def _groups(weights: Sequence[TrainedWeight], how: Training) -> list[tuple[list[Tensor], float]]:
     return [
-        ([factor for weight in weights for factor in (weight.lora_A, weight.lora_B)], how.factor_lr),
+        ([f for weight in weights for f in (weight.lora_A, weight.lora_B) if f.numel()], how.factor_lr),
         ([weight.grid for weight in weights], how.clip_lr),
         ([weight.codes for weight in weights if weight.codes is not None], how.code_lr),
     ]

@@ -30,7 +30,8 @@ def cloq(
     """Decompose `W` [B, m, n] in `iters` alternations; keep each weight's best by output error (`inputs`).
 
     Q ← round(W − B A) with error feedback, then B A ← the best for W − dequantize(Q), see `weighted_top_r`. It competes
-    with plain quantization, which is the result, with QLoRA's start, where no alternation helps.
+    with plain quantization, which is the result, with QLoRA's start, where no alternation helps. Of rank 0, it is the
+    first rounding.
 
     Raises:
         ValueError: the quantizer has groups that leave their row.
@@ -46,12 +47,15 @@ def cloq(
         least = squared_norm(weigh(residual, root))
     best = Decomposition(quantized, start, start, torch.zeros(len(W), dtype=torch.int64, device=W.device))
     target = W.float()
-    for iteration in range(1, iters + 1):
+    for iteration in range(1, (iters if rank else 1) + 1):
         with timed("quantize"):
             quantized = round_with_feedback(target.flatten(0, 1), quantizer, feedback)
             residual = residual_of(W.flatten(0, 1), quantized).view(W.shape)
         with timed("low_rank"):
-            factors, error = weighted_top_r(residual, root, rank, seeds)
+            if rank:
+                factors, error = weighted_top_r(residual, root, rank, seeds)
+            else:
+                factors, error = start, squared_norm(weigh(residual, root))
         better = error < least
         least = torch.where(better, error, least)
         now = Decomposition(quantized, factors, start, torch.full_like(best.iterations, iteration))

@@ -20,7 +20,7 @@ def zero_start(W: Tensor, rank: int, seeds: Sequence[int]) -> LowRankFactors:
     """
     B, m, n = W.shape
     return LowRankFactors(
-        uniform(seeds, rank, n, W.device).mul_(n**-0.5),
+        uniform(seeds, rank, n, W.device).mul_(n**-0.5) if rank else torch.zeros(B, 0, n, device=W.device),
         torch.zeros(B, m, rank, device=W.device),
         torch.zeros(B, dtype=torch.float64, device=W.device),
     )
@@ -53,12 +53,7 @@ def qlora(
 
 def without_factors(W: Tensor, quantizer: Quantizer, *, timed: Timed = untimed) -> Decomposition:
     """Quantize `W` [B, m, n], and have no adapter: factors of rank 0."""
-    B, m, n = W.shape
     with timed("quantize"):
         quantized, _ = quantize_residual(quantizer, W)
-    none = LowRankFactors(
-        torch.zeros(B, 0, n, device=W.device),
-        torch.zeros(B, m, 0, device=W.device),
-        torch.zeros(B, dtype=torch.float64, device=W.device),
-    )
-    return Decomposition(quantized, none, none, torch.zeros(B, dtype=torch.int64, device=W.device))
+    none = zero_start(W, 0, ())
+    return Decomposition(quantized, none, none, torch.zeros(len(W), dtype=torch.int64, device=W.device))

@@ -1,0 +1,321 @@
+"""Odd sources of models with experts: what their files hold is taken for what it is, or refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loftq_cli import quantize
+from loftq_cli.config import build_config
+from loftq_cli.errors import LoftqError
+from loftq_cli.experts import by_parameter, stacked
+from loftq_cli.merge import merge
+from loftq_cli.pipeline import plan_quantize
+from loftq_cli.plan import Plan
+from loftq_cli.quantizers import QUANTIZERS
+from loftq_cli.quantizers.base import dequantize
+from loftq_cli.runtime import PackedExperts
+from loftq_cli.verify import verify
+from tests.test_eval import save_tokenizer
+from tests.test_experts import SIZES, report_of
+from tests.test_families import QWEN_VL
+
+OPTIONS: dict[str, Any] = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "device": "cpu"}
+FILE = "model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts in each of two layers, one by one on disk."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
+    tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """A copy of `model` in `folder`, with other tensors."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / FILE)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+    return folder
+
+
+def planned(folder: Path, **options: Any) -> Plan:
+    return plan_quantize(str(folder), build_config({**OPTIONS, **options}))
+
+
+def adapted(made: Plan) -> dict[str, int]:
+    """The rank that each module has."""
+    return {job.module: job.rank for job in made.jobs}
+
+
+# --- shapes and dtypes
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
+    "wider": (lambda t: t.update({EXPERT: torch.zeros(96, 65)}), [f"`{EXPERT}` in `{FILE}`", "[96, 65]", "[96, 64]"]),
+    "transposed": (lambda t: t.update({EXPERT: t[EXPERT].T}), [f"`{EXPERT}`", "[64, 96]", "[96, 64]"]),
+    "float64": (lambda t: t.update({EXPERT: t[EXPERT].double()}), [f"`{EXPERT}`", "float64", "float32", "store it as"]),
+    "int8": (lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)}), [f"`{EXPERT}`", "int8", "float32"]),
+    "missing": (lambda t: t.pop(EXPERT), [f"`{EXPERT}` is in none of the files"]),
+    "a piece missing": (
+        lambda t: [t.pop(name) for name in list(t) if ".1.block_sparse_moe" in name and ".w3." in name],
+        ["`model.layers.1.block_sparse_moe.experts.0.w3.weight` is in none of the files"],
+    ),
+    "too many": (
+        lambda t: t.update({EXPERT.replace("2.w3", f"4.{name}"): t[EXPERT] + 1 for name in ("w1", "w3")}),
+        ["experts.4.w1.weight` in", "is of expert 4", "has 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_one_expert_that_is_unlike_the_others_is_refused(mixtral: Path, tmp_path: Path, case: str) -> None:
+    """Else no expert of its layer would get bits, and nobody would be told."""
+    change, words = REFUSED[case]
+    with pytest.raises(LoftqError) as refused:
+        quantize(changed(mixtral, tmp_path / "model", change), tmp_path / "out", **OPTIONS)
+    said = f"{refused.value.message}\n{refused.value.hint}"
+    assert not [word for word in words if word not in said], said
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_tensor_of_another_shape_are_refused(tmp_path: Path) -> None:
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(**QWEN_VL)).save_pretrained(tmp_path / "model")
+    folder = changed(tmp_path / "model", tmp_path / "other", lambda t: t.update({name: t[name][:, :, 1:]}))
+    with pytest.raises(LoftqError, match=rf"`{name}` in `{FILE}` has shape \[4, .*, the model .* describes \[4, "):
+        planned(folder)
+
+
+def test_experts_that_are_all_of_another_dtype_are_left_alone_and_why(mixtral: Path, tmp_path: Path) -> None:
+    def widened(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: t.double() for name, t in tensors.items() if ".layers.1." in name and ".w" in name})
+
+    made = planned(changed(mixtral, tmp_path / "model", widened))
+    reasons = {why for name, why in made.skipped.items() if ".layers.1." in name and ".experts." in name}
+    assert reasons == {"stored as float64"}
+    assert any(".layers.0." in job.module and job.expert for job in made.jobs)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_experts_of_several_float_dtypes(mixtral: Path, tmp_path: Path, format: str) -> None:
+    """Each matrix is quantized from the values, and to the dtype, that the file has it in."""
+
+    def narrowed(tensors: dict[str, Tensor]) -> None:
+        kinds = {"0.w1": torch.bfloat16, "1.w3": torch.float16, "2.w2": torch.bfloat16}
+        for name in tensors:
+            if "layers.1.block_sparse_moe.experts" in name:
+                tensors[name] = tensors[name].to(kinds.get(name.removesuffix(".weight")[-4:], torch.float32))
+
+    folder, out = changed(mixtral, tmp_path / "model", narrowed), tmp_path / "out"
+    report = quantize(folder, out, format=format, **OPTIONS)
+    assert len([row for row in report["weights"] if "expert" in row]) == 2 * 4 * 3
+    assert verify(out, str(folder)).violations == ()
+    source, loaded = load_file(folder / FILE), tf.AutoModelForCausalLM.from_pretrained(out)
+    assert {row["dtype"] for row in report["weights"]} == {"float32", "bfloat16", "float16"}
+    halves = {
+        "w1": ("gate_up_proj", slice(96)),
+        "w3": ("gate_up_proj", slice(96, None)),
+        "w2": ("down_proj", slice(None)),
+    }
+    for row in report["weights"]:
+        if "expert" not in row:
+            continue
+        path, number, piece = row["name"].rsplit(".", 2)
+        W, (parameter, half) = source[row["tensor"]], halves[piece]
+        quantizer = QUANTIZERS[report["config"]["quantizer"]](bits=3, group_size=16, dtype=W.dtype)
+        experts = loaded.get_submodule(path)
+        stack = (
+            experts.dequantize(parameter, torch.float32)
+            if isinstance(experts, PackedExperts)
+            else getattr(experts, parameter)
+        )
+        wanted = dequantize(quantizer.quantize(W.float()))
+        # the packed layer multiplies in float32 whatever the file's dtype
+        rounding = 0 if format == "dense" else 2**-8
+        assert torch.allclose(stack[int(number)][half], wanted, atol=0, rtol=rounding), row["name"]
+    assert loaded(torch.arange(3, 19)[None]).logits.isfinite().all()
+
+
+def test_a_parameter_of_several_dtypes_is_put_together_without_rounding(mixtral: Path) -> None:
+    """As the block loop of calibrated methods does it."""
+    slots = by_parameter(planned(mixtral).targets.experts)["model.layers.0.mlp.experts.gate_up_proj"]
+    torch.manual_seed(0)
+    values = {tensor: torch.randn(96, 64) for tensor in slots}
+    first = next(iter(slots))
+    values[first] = values[first].bfloat16()
+    whole = stacked(slots, values.__getitem__)
+    for tensor, slot in slots.items():
+        half = slice(96) if slot.piece == "w1" else slice(96, None)
+        assert torch.equal(whole[slot.expert][half], values[tensor].float())
+
+
+# --- layers beside the experts
+
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+BESIDE = [  # layers whose last names PEFT would rewrite to parameters of experts
+    f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", "1.mlp.shared_experts") for name in ("down", "gate", "up")
+]
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepseek")
+    torch.manual_seed(0)
+    model = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def attach(out: Path) -> Any:
+    from peft import PeftModel
+
+    base = tf.AutoModelForCausalLM.from_pretrained(out)
+    return PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
+
+
+def layers_with_adapter(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
+
+
+@pytest.mark.parametrize("format", ["packed", "dense", "bnb"])
+def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path, format: str) -> None:
+    made = planned(deepseek, format=format, bits=4, group_size=32)
+    ranks = adapted(made)
+    assert {name: ranks.get(name) for name in BESIDE} == dict.fromkeys(BESIDE, 0)
+    assert {rank for name, rank in ranks.items() if ".self_attn." in name} == {4}
+    assert not [name for name, why in made.skipped.items() if "PEFT" in why]
+    assert any("6 of other layers" in note and "PEFT would put it on the experts" in note for note in made.notes)
+    if format == "bnb":
+        pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    report = quantize(deepseek, out, **{**OPTIONS, "format": format, "bits": 4, "group_size": 32})
+    assert verify(out, str(deepseek)).violations == ()
+    assert "6 weights of other layers have no adapter" in (out / "README.md").read_text()
+    model = attach(out).train()
+    assert layers_with_adapter(model).keys() == {row["name"] for row in report["weights"] if row["rank"]}
+    model(torch.arange(3, 19)[None]).logits.square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_with_an_adapter_on_experts_they_have_one_too(deepseek: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = quantize(deepseek, out, experts_adapter=True, **OPTIONS)
+    rows = {row["name"]: row for row in report["weights"]}
+    assert {rows[name]["rank"] for name in BESIDE} == {4}
+    assert verify(out, str(deepseek)).violations == ()
+    model, source = attach(out), tf.AutoModelForCausalLM.from_pretrained(deepseek)
+    found = layers_with_adapter(model)
+    for name in BESIDE:
+        W = source.get_submodule(name).weight.double()
+        rest = W - found[name].get_base_layer().weight.double() - found[name].get_delta_weight("default").double()
+        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
+        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
+    merge(out, tmp_path / "merged")
+    ids = torch.arange(3, 19)[None]
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert torch.allclose(model(ids).logits, merged, atol=1e-5 * float(merged.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def without_experts(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with dense layers only, of which PEFT says the same."""
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**{**DEEPSEEK, "first_k_dense_replace": 2})).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "cloq": {"method": "cloq"},
+    "apiq-bw": {"method": "apiq-bw", "epochs": 1},
+    "apiq-lw": {"method": "apiq-lw", "epochs": 1},
+    "cloq, with a finish": {"method": "cloq", "finish_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("how", CALIBRATED.values(), ids=CALIBRATED)
+def test_calibrated_methods_round_them_to_text(
+    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(900)))
+    out, model = tmp_path / "out", without_experts if "finish_epochs" in how else deepseek
+    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": "packed"}
+    report = quantize(model, out, **{**OPTIONS, **text, **how})
+    assert verify(out, str(model)).violations == ()
+    rows = {row["name"]: row for row in report["weights"]}
+    beside = BESIDE[:3] if model == without_experts else BESIDE
+    assert all(rows[name]["rank"] == 0 < rows[name]["output_error"] for name in beside)
+    assert {row["rank"] for name, row in rows.items() if ".self_attn." in name} == {4}
+    if how == {"method": "cloq"}:
+        options = {key: value for key, value in OPTIONS.items() if key != "iters"}
+        quantize(model, tmp_path / "plain", **{**options, **text, "method": "qera"})  # which rounds to nearest
+        plain = {row["name"]: row for row in report_of(tmp_path / "plain")["weights"]}
+        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in beside)
+
+
+def test_a_plan_without_any_adapter_is_refused(deepseek: Path) -> None:
+    with pytest.raises(LoftqError, match="no adapter is left") as refused:
+        planned(deepseek, skip=("*.self_attn.*",))
+    assert "--skip" in refused.value.hint
+
+
+def test_a_layer_more_than_transformers_has_is_kept_as_it_is(deepseek: Path, tmp_path: Path) -> None:
+    """DeepSeek's, which predicts one token more: others load it."""
+
+    def longer(tensors: dict[str, Tensor]) -> None:
+        more = {name.replace(".1.", ".2.", 1): t for name, t in tensors.items() if name.startswith("model.layers.1.")}
+        tensors.update({name: t + 1 for name, t in more.items()} | {"model.layers.2.eh_proj.weight": torch.ones(8, 4)})
+
+    folder, out = changed(deepseek, tmp_path / "model", longer), tmp_path / "out"
+    report = quantize(folder, out, format="packed", **OPTIONS)
+    reasons = {row["name"]: row["reason"] for row in report["skipped"] if ".layers.2." in row["name"]}
+    source, stored = load_file(folder / FILE), load_file(out / FILE)
+    assert reasons.keys() == {name for name in source if ".layers.2." in name}
+    assert set(reasons.values()) == {"not a weight of this architecture: copied, and left out by transformers"}
+    assert all(torch.equal(stored[name], source[name]) for name in reasons)
+    assert verify(out, str(folder)).violations == ()
+    base = tf.AutoModelForCausalLM.from_pretrained(out)
+    assert base(torch.arange(3, 19)[None]).logits.isfinite().all()
+
+
+def test_experts_that_no_packed_layer_stands_for_go_to_dense_and_why(tmp_path: Path) -> None:
+    """Those of Llama 4 see each token times its weight, once for every expert."""
+    sizes = {key: value for key, value in SIZES.items() if key != "num_experts_per_tok"}
+    tf.Llama4ForCausalLM(tf.Llama4TextConfig(**sizes, intermediate_size_mlp=96)).save_pretrained(tmp_path)
+    made = planned(tmp_path, bits=4)
+    assert made.config.format == "dense"
+    (why,) = (note for note in made.notes if note.startswith("format `dense`"))
+    assert "not `packed`: it has no layer for the experts of `model.layers." in why
