@@ -107,6 +107,7 @@ TARGETS = {
     "main_input_name": "input_ids",
     "has_fused_experts": False,
     "stacks": [],
+    "retargeted": frozenset(),
     "linear_subclass": None,
 }
 
