@@ -36,7 +36,7 @@ def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
         jobs=tuple(
             SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None, embedding=False) for name in linears
         ),
-        targets=SimpleNamespace(head=Head("CAUSAL_LM"), stacks=[], retargeted=frozenset()),
+        targets=SimpleNamespace(head=Head("CAUSAL_LM"), stacks=[], retargeted=frozenset(), module_names=()),
         config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
     )
 
@@ -141,7 +141,7 @@ def test_config_has_no_key_that_peft_lacks() -> None:
     options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
     plan = SimpleNamespace(
         jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None, embedding=False),),
-        targets=SimpleNamespace(head=Head(None), stacks=[], retargeted=frozenset()),
+        targets=SimpleNamespace(head=Head(None), stacks=[], retargeted=frozenset(), module_names=()),
         config=options,
     )
     config = adapter_config(plan, "owner/name", ["", "a", "a.b", "a.c"])
