@@ -68,7 +68,8 @@ def _make_room(outputs: Outputs) -> None:
 
 def rehearse(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
     """Compute noise as the run will probably compute its first batch: what a GPU does for the first time is slow."""
-    plan = make_plan(checkpoint, config, guess_targets(checkpoint))
+    unknown = dict.fromkeys(("quantize_head", "quantize_embeddings", "experts_adapter"), False)  # to a guess
+    plan = make_plan(checkpoint, config.model_copy(update=unknown), guess_targets(checkpoint))
     batch = next(step for shard in plan.shards for step in shard.steps if isinstance(step, WeightBatch))
     shape = (len(batch.jobs), *batch.first.shape)
     noise = torch.randn(shape, generator=torch.Generator(config.device), device=config.device)

@@ -8,9 +8,10 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -94,8 +95,8 @@ def _tied_to(model: Any, key: str) -> list[str]:
     return [other for other in dict.fromkeys([first, *tied]) if other != key and tied.get(other, other) == first]
 
 
-def with_embeddings(targets: Targets, model: str) -> Targets:
-    """`targets` with the token embeddings among the linears.
+def with_embeddings(targets: Targets, model: str, skip: Sequence[str]) -> Targets:
+    """`targets` with the token embeddings among the linears; what globs of `skip` match may be unfit, and stays.
 
     Raises:
         LoftqError: there are none, or one cannot be quantized.
@@ -103,9 +104,10 @@ def with_embeddings(targets: Targets, model: str) -> Targets:
     if not targets.embeddings:
         raise LoftqError(f"`--quantize-embeddings`: no token embeddings were found in `{model}`", "leave it out")
     for tensor, table in targets.embeddings.items():
-        if table.why_not is not None:
+        if table.why_not is not None and not any(fnmatchcase(table.module, glob) for glob in skip):
             what = f"`--quantize-embeddings`: `{tensor}` must stay as it is, for {table.why_not}"
-            raise LoftqError(what, table.way_out)
+            others = any(other.why_not is None for other in targets.embeddings.values())
+            raise LoftqError(what, table.way_out + (f", or add `--skip '{table.module}'`" if others else ""))
     return replace(
         targets,
         linears={**targets.linears, **{tensor: table.module for tensor, table in targets.embeddings.items()}},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.reader import TensorInfo
 
+ROUTERS = re.compile(r"(Router|Gate|Gating)$")  # names of classes
 PLAIN_SUBCLASSES = ("FalconLinear", "EsmFoldLinear")  # of `nn.Linear`, which compute what it computes
 
 
@@ -52,11 +54,11 @@ def kind_of(module: torch.nn.Module) -> str:
     return "router" if "Router" in name else f"not a linear layer ({name})"
 
 
-def is_router(name: str, module: torch.nn.Linear, config: dict[str, Any]) -> bool:
-    """Whether a linear layer of this name chooses experts, of as many as the configuration has."""
+def is_router(name: str, module: torch.nn.Linear, parent: Any, config: dict[str, Any]) -> bool:
+    """Whether a linear layer of this name, in a module `parent`, is one that chooses experts."""
     text = config.get("text_config") or config
     counts = {text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
+    if "router" in name or (counts != {None} and ROUTERS.search(type(parent).__name__)):
+        return True  # of any size: some models have experts beyond those counts, that do nothing
     last = name.rsplit(".", 1)[-1]
-    return ("router" in name or last in ("gate", "shared_expert_gate")) and (
-        module.out_features in counts or module.out_features == 1
-    )
+    return last in ("gate", "shared_expert_gate") and (module.out_features in counts or module.out_features == 1)

@@ -209,7 +209,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
     if config.quantize_head:
         targets = with_output_head(targets, checkpoint.model)
     if config.quantize_embeddings:
-        targets = with_embeddings(targets, checkpoint.model)
+        targets = with_embeddings(targets, checkpoint.model, config.skip)
     linears, skipped, skipped_linears = choose_linears(targets, config)
     if not linears:
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))

@@ -141,7 +141,8 @@ def report(
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
-    if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED:
+    without_text = config["quantize_head"] or config["quantize_embeddings"]  # of which other methods make nothing
+    if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED and not without_text:
         output.note(
             "made without looking at text, a 2-bit model hardly speaks before it is fine-tuned; looking at some takes "
             "longer, and its outputs stay much closer to the source's: "

@@ -177,7 +177,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "task head"
         elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
             skipped[info.name] = f"transformers keeps `{kept}` in float32"
-        elif is_router(name, module, checkpoint.config):
+        elif is_router(name, module, modules.get(name.rpartition(".")[0]), checkpoint.config):
             skipped[info.name] = "router"
         elif info.dtype not in FLOATS:
             skipped[info.name] = stored_as(info)

@@ -211,6 +211,12 @@ def test_a_2_bit_model_made_without_text_says_what_it_is_worth(tiny_llama: Path,
     said = subprocess.run(command, capture_output=True, text=True, timeout=120).stderr
     assert "hardly speaks" in said
     assert f"loftq quantize {' '.join(options)} {tiny_llama} {out} --method cloq --overwrite" in said.replace("\n", "")
+    # of what no method that looks at text has, nothing is advised that would be refused
+    tables = [*command, "--quantize-embeddings", "--format=dense", "--overwrite"]
+    tables_said = subprocess.run(tables, capture_output=True, text=True, timeout=120)
+    assert tables_said.returncode == 0
+    assert "hardly speaks" not in tables_said.stderr
+    subprocess.run([*command, "--overwrite"], capture_output=True, timeout=120, check=True)
     inspected = subprocess.run(
         [sys.executable, "-m", "loftq_cli", "inspect", str(out)], capture_output=True, text=True, timeout=120
     )

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from loftq_cli import quantize
+from loftq_cli import batches, quantize
 from loftq_cli.checkpoint.reader import read_header
+from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
 from loftq_cli.config import build_config
 from loftq_cli.errors import ConfigError, LoftqError
@@ -295,6 +296,21 @@ def test_untied_as_the_refusal_says_it_is_taken(tmp_path: Path) -> None:
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "untied")
     assert [job.module for job in plan(tmp_path / "untied").jobs if job.embedding] == ["model.embed_tokens"]
+
+
+def test_a_table_that_must_stay_can_be_skipped_beside_one_that_need_not(tmp_path: Path) -> None:
+    save(tmp_path / "model", lambda: tf.MarianMTModel(tf.MarianConfig(**{**MARIAN, "tie_word_embeddings": True})))
+    with pytest.raises(LoftqError, match=r"`model.decoder.embed_tokens.weight` must stay") as refusal:
+        plan(tmp_path / "model")
+    assert "`--skip 'model.decoder.embed_tokens'`" in str(refusal.value.hint)
+    made = plan(tmp_path / "model", skip=("model.decoder.embed_tokens",))
+    assert [job.module for job in made.jobs if job.embedding] == ["model.encoder.embed_tokens"]
+    assert "model.decoder.embed_tokens" in str(list(made.skipped))
+
+
+def test_a_gpu_rehearses_it_without_what_a_guess_cannot_know(tiny_llama: Path) -> None:
+    for flag in ("quantize_embeddings", "quantize_head", "experts_adapter"):
+        batches.rehearse(open_checkpoint(str(tiny_llama)), build_config({"device": "cpu", flag: True}).decided())
 
 
 def test_models_methods_and_formats_that_have_none(tiny_llama: Path, tmp_path: Path) -> None:

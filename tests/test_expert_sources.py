@@ -25,7 +25,7 @@ from loftq_cli.runtime import PackedExperts
 from loftq_cli.verify import verify
 from tests.test_eval import save_tokenizer
 from tests.test_experts import SIZES, report_of
-from tests.test_families import QWEN_VL
+from tests.test_families import DECODER, QWEN_VL
 
 OPTIONS: dict[str, Any] = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "device": "cpu"}
 FILE = "model.safetensors"
@@ -319,3 +319,32 @@ def test_experts_that_no_packed_layer_stands_for_go_to_dense_and_why(tmp_path: P
     assert made.config.format == "dense"
     (why,) = (note for note in made.notes if note.startswith("format `dense`"))
     assert "not `packed`: it has no layer for the experts of `model.layers." in why
+
+
+ROUTED: dict[str, tuple[Any, dict[str, Any], str]] = {  # names and sizes of their own
+    "hunyuan": (
+        tf.HunYuanMoEV1Config,
+        {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+        "model.layers.0.mlp.gate.wg",
+    ),
+    "longcat": (
+        tf.LongcatFlashConfig,
+        {
+            "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32,
+            "ffn_hidden_size": 64, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+            "head_dim": 16, "num_layers": 1,
+        },
+        "model.layers.0.mlp.router.classifier",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_a_router_is_known_whatever_its_name_and_size(family: str, tmp_path: Path) -> None:
+    kind, sizes, router = ROUTED[family]
+    config = kind(**{**DECODER, **sizes})
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    made = plan_quantize(str(tmp_path / "model"), build_config({"bits": 4, "format": "dense", "device": "cpu"}))
+    assert made.skipped[f"{router}.weight"] == "router"
+    assert not any(job.module == router for job in made.jobs)

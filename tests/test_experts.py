@@ -569,7 +569,7 @@ def test_an_adapter_on_experts_survives_a_kill(folder: Path, adapted: Path, tmp_
         assert actual == contents(adapted)
 
 
-@pytest.mark.parametrize("format", ["packed", "gptq", "bnb"])
+@pytest.mark.parametrize("format", ["packed", "gptq", "bnb", "compressed-tensors"])
 def test_an_adapter_on_experts_is_refused_where_peft_has_no_parameter(
     folder: Path, tmp_path: Path, format: str
 ) -> None:

@@ -41,6 +41,8 @@ def why_not(plan: Plan) -> str | None:
         return "output heads are quantized in `packed` and `dense`"
     if plan.config.quantize_embeddings:
         return "embeddings are quantized in `packed` and `dense`"
+    if plan.config.experts_adapter:
+        return "experts get an adapter in `dense` alone"
     if plan.targets.has_fused_experts and (problem := _why_not_experts(plan)):
         return problem
     first = plan.jobs[0]

@@ -101,7 +101,8 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     retargeted = plan.targets.retargeted
     adapted = [job for job in plan.jobs if job.rank and job.expert is None and job.module not in retargeted]
     modules = (job.module for job in adapted if not job.embedding)
-    # by their whole names: where the last part is `embed_tokens`, PEFT would save the base's table with the adapter
+    # by their whole names: where a target is `embed_tokens`, PEFT saves the base's table with the adapter (a head is
+    # called `lm_head` whole, and there it does)
     tables = [job.module for job in adapted if job.embedding]
     parameters = target_parameters(plan)
     pattern = {name: pieces for name, pieces in parameters.items() if pieces > 1}
