@@ -331,7 +331,8 @@ ROUTED: dict[str, tuple[Any, dict[str, Any], str]] = {  # names and sizes of the
         tf.LongcatFlashConfig,
         {
             "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32,
-            "ffn_hidden_size": 64, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+            "ffn_hidden_size": 64, "q_lora_rank": 16, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
             "head_dim": 16, "num_layers": 1,
         },
         "model.layers.0.mlp.router.classifier",
