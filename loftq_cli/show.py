@@ -24,7 +24,7 @@ from loftq_cli.errors import LoftqError, again, interruptible
 from loftq_cli.evaluate import evaluate
 from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
-from loftq_cli.page import page
+from loftq_cli.page import PAGE, page
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.push import Pushed, branch_of
 from loftq_cli.report import (
@@ -209,6 +209,8 @@ def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:
 def inspect(output: Out, target: str, html: Path | None) -> None:
     """The report of an output, or the plan that defaults give for a model."""
     folder = Path(target)
+    if html is not None and html.is_file() and not html.read_bytes().startswith(PAGE[:15].encode()):
+        raise LoftqError(f"`{html}` is no page: it would be lost", "name another file")
     if (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir():
         told = verification.read_report(folder)
         report(output, told, folder)

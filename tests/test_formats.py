@@ -148,6 +148,7 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             double_quant=double_quant,
             quantize_head=False,
             quantize_embeddings=False,
+            experts_adapter=False,
         ),
         block_paths=("model.layers",),
     )
@@ -494,7 +495,9 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "skipped_linears": ("lm_head",),
         "targets": SimpleNamespace(**{name: overrides.pop(name, value) for name, value in TARGETS.items()}),
         "block_paths": tuple(paths),
-        "config": SimpleNamespace(double_quant=False, quantize_head=False, quantize_embeddings=False),
+        "config": SimpleNamespace(
+            double_quant=False, quantize_head=False, quantize_embeddings=False, experts_adapter=False
+        ),
     }
     return SimpleNamespace(**{**fields, **overrides})
 

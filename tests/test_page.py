@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from loftq_cli import quantize
+from loftq_cli.cli import app
 from loftq_cli.config import QuantizeConfig
 from loftq_cli.page import page
 from loftq_cli.pipeline import plan_quantize
@@ -141,3 +143,14 @@ def test_a_browser_shows_the_card_and_its_chart(out: Path, report: dict[str, Any
     svg = (out / "loftq_errors.svg").read_text()
     drawn = re.findall(r"<title>model\.layers\.(\d+):", svg)
     assert drawn == [str(number) for number in range(LAYERS)]
+
+
+def test_a_page_takes_no_other_file_s_place(tiny_llama: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):  # its own it does
+        assert CliRunner().invoke(app, ["inspect", str(tiny_llama), "--html", str(page)]).exit_code == 0
+    (tmp_path / "README.md").write_text("# a card\n")
+    refused = CliRunner().invoke(app, ["inspect", str(tiny_llama), "--html", str(tmp_path / "README.md")])
+    assert refused.exit_code == 1
+    assert "README.md` is no page" in refused.stderr
+    assert (tmp_path / "README.md").read_text() == "# a card\n"

@@ -90,7 +90,7 @@ def _find_in_cache(model: str, revision: str | None) -> Path:
             at = f" at revision `{revision}`" if revision else ""
             raise LoftqError(
                 f"`{model}`{at} is not in the cache, and HF_HUB_OFFLINE keeps the Hub away",
-                f"unset HF_HUB_OFFLINE, or download it first: `hf download {model}`",
+                f"no folder is called so here, either; unset HF_HUB_OFFLINE, or download it: `hf download {model}`",
             ) from error
     return snapshot
 
@@ -137,7 +137,8 @@ def _sentence(error: Exception, model: str, revision: str | None, file_bytes: in
         return LoftqError(f"cannot use the cache `{cache}`: {os.strerror(number)}", "set HF_HOME to a folder of yours")
     return LoftqError(
         f"cannot reach {constants.ENDPOINT} for `{model}` ({type(error).__name__})",
-        "check the connection and try again; HF_HUB_OFFLINE=1 uses what is in the cache",
+        f"no folder is called `{model}` here; for a model of the Hub, check the connection and try again "
+        "(HF_HUB_OFFLINE=1 uses what is in the cache)",
     )
 
 
