@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loftq_cli.checkpoint.files import read_json, read_lines, write_file, writing
+from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.identity import Identity
 
@@ -169,15 +170,15 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
     if overwrite and (work.is_dir() or finished):
         return False
     if finished is None and work.is_dir():
-        if not resume:
-            raise LoftqError(
-                f"`{out}` holds an unfinished run",
-                f"finish it with `{again('--resume')}`, or replace it with `--overwrite`",
-            )
         if begun and (changed := Identity(**begun[0]["identity"]).differences(identity)):
             raise LoftqError(
                 f"`{out}` was begun with other settings: " + "; ".join(changed),
                 "resume with the settings it was begun with, choose another OUT, or `--overwrite` it",
+            )
+        if not resume:
+            raise LoftqError(
+                f"`{out}` holds an unfinished run",
+                f"finish it with `{again('--resume')}`, or replace it with `--overwrite`",
             )
         return False
     if finished is None:
@@ -187,8 +188,15 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
             f"`{out}` holds a finished run with other settings: " + "; ".join(changed),
             "choose another OUT, or replace it with `--overwrite`",
         )
-    if missing := [name for name in read_json(out / REPORT_FILE).get("files", {}) if not (out / name).is_file()]:
-        raise LoftqError(f"`{out}` is finished, but `{missing[0]}` is gone", "make it again with `--overwrite`")
+    for name in read_json(out / REPORT_FILE).get("files", {}):
+        problem = None if (out / name).is_file() else "gone"
+        if problem is None and name.endswith(".safetensors"):
+            try:
+                read_header(out / name)  # which knows how long the file is; hashes take `loftq verify`
+            except LoftqError:
+                problem = "damaged"
+        if problem:
+            raise LoftqError(f"`{out}` is finished, but `{name}` is {problem}", "make it again with `--overwrite`")
     return True
 
 

@@ -117,6 +117,8 @@ def test_killed_anywhere_and_resumed_gives_identical_bytes(sharded_llama: Path, 
         with pytest.raises(LoftqError, match="unfinished") as refused:
             pipeline.quantize(sharded_llama, out, **OPTIONS)
         assert "--resume" in refused.value.hint
+        with pytest.raises(LoftqError, match="begun with other settings"):  # not: resume it, to be refused then
+            pipeline.quantize(sharded_llama, out, **{**OPTIONS, "seed": 7})
         pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
         actual = contents(Path(out))
         named = "loftq_init/adapter_config.json"
@@ -294,9 +296,13 @@ def test_another_checkpoint_of_the_same_training_run_is_another_source(tiny_llam
 def test_a_finished_out_that_lacks_a_file_is_not_called_finished(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pipeline.quantize(tiny_llama, out, **OPTIONS)
-    (out / "model.safetensors").unlink()
-    with pytest.raises(LoftqError, match=r"`model.safetensors` is gone"):
-        pipeline.quantize(tiny_llama, out, **OPTIONS)
+    whole = (out / "model.safetensors").read_bytes()
+    for rest, problem in ((whole[:-100], "damaged"), (whole[:100], "damaged"), (None, "gone")):
+        (out / "model.safetensors").unlink()
+        if rest is not None:
+            (out / "model.safetensors").write_bytes(rest)
+        with pytest.raises(LoftqError, match=rf"`model.safetensors` is {problem}"):
+            pipeline.quantize(tiny_llama, out, **OPTIONS)
 
 
 def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path) -> None:
