@@ -7,20 +7,24 @@ so that a push that broke off is finished by the same command.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from loftq_cli.checkpoint.files import read_json
+from loftq_cli.checkpoint.files import hash_file, read_json
 from loftq_cli.checkpoint.hub import is_repo_id
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, is_ours, written_files
-from loftq_cli.patience import Note, patiently, sentences
+from loftq_cli.patience import Note, patiently, sentences, somebody_else
 from loftq_cli.report import PLACEHOLDER, load_lines
 from loftq_cli.verify import read_report, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 
 @dataclass(frozen=True)
@@ -145,14 +149,19 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     repo_id, revision, api = parcel.repo_id, parcel.revision, HfApi()
-    stale = open_repo(repo_id, private, revision, note).ours - parcel.files.keys()
+    found = open_repo(repo_id, private, revision, note)
+    stale = sorted(found.ours - parcel.files.keys())
     what = f"{parcel.report['config']['bits']}-bit base and adapter, loftq {parcel.report['version']}"
 
     def upload() -> str:
-        found = _find(repo_id, revision)  # anew: where only the answer was lost, the branch stands at our own commit
+        head = _find(repo_id, revision).commit
+        if head != found.commit:  # somebody else's; or our own, of which only the answer was lost
+            if _differing(parcel, head):
+                raise somebody_else(repo_id)
+            return head
         content = {name: parcel.rewritten.get(name, (parcel.out / name).resolve()) for name in parcel.files}
         adds = [CommitOperationAdd(name, data) for name, data in content.items()]
-        deletes = [CommitOperationDelete(name) for name in sorted(found.ours - parcel.files.keys())]
+        deletes = [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
             repo_id,
             [*deletes, *adds],
@@ -165,7 +174,7 @@ def push(
     with sentences(repo_id, revision):
         commit = patiently(upload, note)
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
-    return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(sorted(stale)))
+    return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(stale))
 
 
 def branch_of(revision: str | None) -> str | None:
@@ -218,6 +227,27 @@ def _find(repo_id: str, revision: str | None) -> Found:
             f"choose another name; or if that model may go: `{delete}`",
         )
     return Found(str(info.sha), frozenset(ours & there))
+
+
+def _differing(parcel: Parcel, commit: str) -> list[str]:
+    """The files that a commit lacks, or holds otherwise than they are to be pushed."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(parcel.repo_id, revision=commit, files_metadata=True)
+    there = {file.rfilename: file for file in info.siblings or []}
+    return [name for name in parcel.files if name not in there or not _is_same(parcel, name, there[name])]
+
+
+def _is_same(parcel: Parcel, name: str, there: RepoSibling) -> bool:
+    """Whether a file of the Hub is the one to be pushed; nothing is downloaded, nor are weights read again."""
+    if there.size != parcel.files[name]:
+        return False
+    content, path = parcel.rewritten.get(name), parcel.out / name
+    if there.lfs is None:  # known by git's hash; only what is small is stored like this
+        content = path.read_bytes() if content is None else content
+        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    sha256 = parcel.report["files"].get(name) if content is None else hashlib.sha256(content).hexdigest()
+    return there.lfs.sha256 == (sha256 or hash_file(path))
 
 
 def _is_weights(name: str) -> bool:

@@ -252,7 +252,8 @@ def _described(file: str, path: Path) -> dict[str, Any]:
         if file.endswith(".safetensors")
         else {}
     )
-    return {"size": size, "oid": sha256[:40], "blobId": sha256[:40], **large}
+    git = hashlib.sha1(f"blob {size}\0".encode() + path.read_bytes()).hexdigest()
+    return {"size": size, "oid": git, "blobId": git, **large}
 
 
 def _etag(path: Path) -> str:

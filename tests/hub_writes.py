@@ -35,10 +35,7 @@ SIGNATURE = "5ea1ed"  # of addresses: as good as a token
 
 @dataclass
 class Fault:
-    """Answers requests whose method and path match with `status`, so many times, from the `after`-th on.
-
-    Status 0 is no answer: the connection breaks.
-    """
+    """Answers what matches with `status` (0: breaks the connection), so many times, from the `after`-th on."""
 
     pattern: str
     status: int
@@ -46,6 +43,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
     page: bytes = b""  # in place of JSON, as proxies answer
+    meanwhile: Callable[[], object] = lambda: None
 
 
 class WritableHub(HubServer):
@@ -120,6 +118,7 @@ class WritingHandler(Handler):
                 fault.after -= 1
                 if fault.after < 0 and fault.times > 0:
                     fault.times -= 1
+                    fault.meanwhile()
                     if fault.status == 0:
                         self.connection.close()
                         raise ConnectionError("cut, as the test asks")

@@ -456,6 +456,22 @@ def test_what_others_commit_meanwhile_is_not_overwritten(
     assert b"# Better" in contents(hub.folder(REPO))["README.md"]
 
 
+def test_what_others_commit_while_it_waits_is_not_overwritten(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path
+) -> None:
+    assert loftq("push", out, REPO).returncode == 0
+    theirs = Path(shutil.copytree(hub.folder(REPO), tmp_path / "theirs"))
+    (theirs / "README.md").write_text("theirs")
+    (theirs / "config.json").write_text("{}")
+    (out / "tokenizer_config.json").write_text("{}")  # the report does not tell this push from the last
+    hub.faults.append(Fault("/commit/", 429, meanwhile=lambda: hub.add(REPO, theirs)))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert "something else is writing" in said(done)
+    assert contents(hub.folder(REPO)) == contents(theirs)
+    assert len(hub.messages) == 1
+
+
 def void(value: object) -> None:
     pass
 
