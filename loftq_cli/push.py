@@ -7,8 +7,11 @@ so that a push that broke off is finished by the same command.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from loftq_cli.verify import read_report, verify
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,7 @@ def _find(repo_id: str, revision: str | None) -> Found:
     weights = {name for name in there if name.rpartition("/")[0] in ("", "loftq_init") and _is_weights(name)}
     if foreign := sorted(weights - ours):
         branch = ["--revision", revision] if revision else []
-        patterns = foreign if len(foreign) <= 3 else sorted({f"*{Path(name).suffix}" for name in foreign})
-        delete = shlex.join(["hf", "repos", "delete-files", repo_id, *patterns, *branch])
+        delete = shlex.join(["hf", "repos", "delete-files", repo_id, *_patterns(foreign, there), *branch])
         raise LoftqError(
             f"`{repo_id}` holds another model: `{foreign[0]}` is not from loftq",
             f"choose another name; or if that model may go: `{delete}`",
@@ -251,7 +255,18 @@ def _is_same(parcel: Parcel, name: str, there: RepoSibling) -> bool:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") or name == "adapter_config.json"
+    return name.lower().endswith(WEIGHTS) or name == "adapter_config.json"
+
+
+def _patterns(names: list[str], there: set[str]) -> list[str]:
+    """`names` as `hf repos delete-files` takes them: numbered ones as one pattern, if it takes nothing else with it."""
+    patterns = set()
+    for name in names:
+        literal = glob.escape(name)
+        pattern = re.sub(r"\d+", "*", literal)
+        taken = fnmatch.filter(there, pattern)  # as the Hub's client does: `*` crosses `/`
+        patterns.add(pattern if len(taken) > 1 and pattern[0] != "*" and set(taken) <= set(names) else literal)
+    return sorted(patterns)
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -362,17 +363,26 @@ def test_private_means_private(hub: WritableHub, loftq: Loftq, out: Path) -> Non
 def test_another_model_is_not_replaced_and_an_older_push_is(
     hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
 ) -> None:
-    hub.add("org/mine", model)
+    mine = Path(shutil.copytree(model, tmp_path / "mine"))
+    (mine / "adapter_config.json").write_text("{}")
+    others = {"onnx/model-1.safetensors", "tokenizer_config.json", "onnx/config.json"}
+    for name in others:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("{}")
+    hub.add("org/mine", mine)
     done = loftq("push", out, "org/mine")
     assert done.returncode == 1
     assert "holds another model" in said(done)
-    assert contents(hub.folder("org/mine")) == contents(model)
+    assert contents(hub.folder("org/mine")) == contents(mine)
 
     way_out = re.search(r"`hf (repos delete-files org/mine .*)`", said(done))
     assert way_out
     environment = {**os.environ, **hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)}
     deletes = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(way_out[1])]
     subprocess.run(deletes, check=True, env=environment, capture_output=True)
+    assert shlex.split(way_out[1])[3:] == ["adapter_config.json", "model-*-of-*.safetensors"]
+    gone = contents(mine).keys() - contents(hub.folder("org/mine")).keys()
+    assert gone == {"adapter_config.json", *(path.name for path in model.glob("*.safetensors"))}
     assert loftq("push", out, "org/mine").returncode == 0
 
     # an earlier push of a single file, with a note of the user's
@@ -389,6 +399,41 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     assert not [name for name in there if name.startswith("model-0")]
     assert set(json.loads(done.stdout)["deleted"]) == set(contents(out)) - set(contents(whole))
     assert verify(hub.folder(REPO)).violations == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "model.Q4_K_M.gguf", "model.onnx", "tf_model.h5", "flax_model.msgpack", "a.pt", "a.ckpt"],
+)
+def test_a_model_of_another_kind_is_not_replaced(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(b"weights")
+    (tmp_path / "mine/config.json").write_text("{}")
+    hub.add("org/mine", tmp_path / "mine")
+    done = loftq("push", out, "org/mine")
+    assert done.returncode == 1
+    assert f"`{name}` is not from loftq" in said(done)
+    assert f"delete-files org/mine {name}`" in said(done)
+    assert contents(hub.folder("org/mine")).keys() == {name, "config.json"}
+
+
+@pytest.mark.parametrize("beside", [[], ["all/9.safetensors"]])
+def test_a_way_out_that_deletes_no_more_than_the_other_model(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, beside: list[str]
+) -> None:
+    weights = [f"part{i}[{i}].safetensors" for i in range(2)] + [f"{i}.safetensors" for i in range(4)]
+    for name in weights + beside:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("weights")
+    hub.add("org/mine", tmp_path / "mine")
+    way_out = re.search(r"`hf repos delete-files org/mine (.*)`", said(loftq("push", out, "org/mine")))
+    assert way_out
+    assert not re.search(r"'\*", way_out[1])
+    there = weights + beside
+    taken = {name for pattern in shlex.split(way_out[1]) for name in fnmatch.filter(there, pattern)}
+    assert taken == set(weights)
 
 
 def test_the_hub_says_later(hub: WritableHub, loftq: Loftq, out: Path) -> None:
