@@ -151,9 +151,10 @@ def report(
     output.result(f"\nCheck it:\n\n  {check}")
 
 
-def prepare_push(output: Out, repo_id: str, private: bool) -> None:
-    """Refuse before a run what would keep its output from being pushed."""
-    pushing.open_repo(repo_id, private, None, output.note)
+def prepare_push(output: Out, repo_id: str | None, private: bool) -> None:
+    """Refuse before a run what would keep its output from being pushed, after hours, to a repo if there is one."""
+    if repo_id is not None:
+        pushing.open_repo(repo_id, private, None, output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:

@@ -664,6 +664,13 @@ def test_quantize_pushes_what_it_made(hub: WritableHub, loftq: Loftq, model: Pat
         assert refused.returncode in (1, 2)
         assert words in said(refused)
         assert not out.exists()  # before any work
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = loftq("quantize", *OPTIONS, "--push-to-hub", REPO, model, out)
+    assert refused.returncode == 1
+    assert "is not empty" in said(refused)
+    assert hub.repos == {}  # no repo is made for what is refused here
+    shutil.rmtree(out)
     command = ["quantize", *OPTIONS, "--json", "--push-to-hub", REPO, "--private", model, out]
     done = loftq(*command)
     assert done.returncode == 0, done.stderr
