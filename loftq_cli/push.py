@@ -115,7 +115,7 @@ def open_repo(repo_id: str, private: bool, revision: str | None, note: Note) -> 
     Args:
         repo_id: owner and name.
         private: make it private; one that is there must be so already.
-        revision: a branch, made if need be; or a pull request, `refs/pr/N`, that is there.
+        revision: a branch, made if need be, without what main holds; or a pull request, `refs/pr/N`, that is there.
         note: is told of what takes longer.
 
     Raises:
@@ -138,8 +138,12 @@ def open_repo(repo_id: str, private: bool, revision: str | None, note: Note) -> 
             raise LoftqError(
                 f"`{repo_id}` is there already, and public", "leave out `--private`, or choose another name"
             )
-        if revision is not None and not revision.startswith("refs/"):
-            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), note)
+        is_branch = revision is not None and not revision.startswith("refs/")
+        if is_branch and not patiently(lambda: api.revision_exists(repo_id, str(revision)), note):
+            # not from main, whose model it would inherit, but from the repo's first commit, which mostly is empty
+            first = patiently(lambda: api.list_repo_commits(repo_id), note)[-1].commit_id
+            patiently(lambda: _find(repo_id, first, new_branch=True), note)
+            patiently(lambda: api.create_branch(repo_id, branch=str(revision), revision=first, exist_ok=True), note)
         return patiently(lambda: _find(repo_id, revision), note)
 
 
@@ -209,8 +213,8 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     }
 
 
-def _find(repo_id: str, revision: str | None) -> Found:
-    """Look at a branch.
+def _find(repo_id: str, revision: str | None, new_branch: bool = False) -> Found:
+    """Look at a branch, or at the commit that a new one is to begin with.
 
     Raises:
         LoftqError: it holds weights that no push of loftq has put there, which are not for us to replace.
@@ -228,7 +232,7 @@ def _find(repo_id: str, revision: str | None) -> Found:
         delete = shlex.join(["hf", "repos", "delete-files", repo_id, *_patterns(foreign, there), *branch])
         raise LoftqError(
             f"`{repo_id}` holds another model: `{foreign[0]}` is not from loftq",
-            f"choose another name; or if that model may go: `{delete}`",
+            "choose another name" + ("" if new_branch else f"; or if that model may go: `{delete}`"),
         )
     return Found(str(info.sha), frozenset(ours & there))
 

@@ -174,7 +174,7 @@ class WritingHandler(Handler):
         found = self.hub.repos[repo]
         if branch in found.refs:
             raise Refusal(409, "", "Reference already exists")
-        found.refs[branch] = found.refs["main"]
+        found.refs[branch] = json.loads(self.body).get("startingPoint", found.refs["main"])
         self.json({})
 
     def validate(self) -> None:

@@ -401,6 +401,26 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     assert verify(hub.folder(REPO)).violations == ()
 
 
+def test_a_branch_beside_another_model(hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path) -> None:
+    """It does not inherit the model of main; where the first commit holds one already, no branch is made."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.gitattributes").write_text("")
+    hub.add("org/mine", tmp_path / "empty")
+    hub.add("org/mine", model)
+    done = loftq("push", "--revision", "2bit", out, "org/mine")
+    assert done.returncode == 0, done.stderr
+    assert contents(hub.folder("org/mine")) == contents(model)
+    assert set(contents(hub.folder("org/mine", "2bit"))) == {*contents(out), ".gitattributes"}
+    assert loftq("push", "--revision", "2bit", out, "org/mine").returncode == 0
+
+    hub.add("org/squashed", model)
+    done = loftq("push", "--revision", "2bit", out, "org/squashed")
+    assert done.returncode == 1
+    assert "holds another model" in said(done)
+    assert "delete-files" not in said(done)
+    assert hub.repos["org/squashed"].refs.keys() == {"main"}
+
+
 @pytest.mark.parametrize(
     "name",
     ["pytorch_model.bin", "model.Q4_K_M.gguf", "model.onnx", "tf_model.h5", "flax_model.msgpack", "a.pt", "a.ckpt"],
