@@ -153,7 +153,8 @@ def push(
     """Upload; what is on the Hub already is not sent again.
 
     Raises:
-        LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on.
+        LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on; or a `.gitignore` in
+            the repo has kept files out.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -182,6 +183,14 @@ def push(
 
     with sentences(repo_id, revision):
         commit = patiently(upload, note)
+        if lost := patiently(lambda: _differing(parcel, commit), note):  # the client does not tell what it leaves out
+            if not patiently(lambda: api.file_exists(repo_id, ".gitignore", revision=commit), note):
+                raise somebody_else(repo_id)
+            names = ", ".join(f"`{name}`" for name in lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+            raise LoftqError(
+                f"`{repo_id}` did not take {names}: its `.gitignore` keeps out what it names",
+                "take those lines out of the repo's `.gitignore`, or delete it; then the same command sends the rest",
+            )
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
     return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(stale))
 

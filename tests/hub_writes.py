@@ -191,6 +191,7 @@ class WritingHandler(Handler):
         self.may_write(repo, revision)
         _, _, folder = self.commit(repo, revision)
         there, answers = files_in(folder), []
+        ignored = there[".gitignore"].read_text().split() if ".gitignore" in there else []
         for file in json.loads(self.body)["files"]:
             base64.b64decode(file["sample"])
             mode, oid = "lfs" if file["path"].endswith(".safetensors") else "regular", None
@@ -198,7 +199,8 @@ class WritingHandler(Handler):
                 content = there[file["path"]].read_bytes()
                 git = hashlib.sha1(f"blob {len(content)}\0".encode() + content)
                 oid = (hashlib.sha256(content) if mode == "lfs" else git).hexdigest()
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignore = any(Path(file["path"]).match(line) for line in ignored)
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         self.json({"files": answers, "commitOid": "0" * 40})
 
     def batch(self, repo: str) -> None:

@@ -439,6 +439,30 @@ def test_a_model_of_another_kind_is_not_replaced(
     assert contents(hub.folder("org/mine")).keys() == {name, "config.json"}
 
 
+@pytest.mark.parametrize("line", ["*.safetensors", "tokenizer_config.json"])
+def test_what_a_gitignore_keeps_out_is_said(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, line: str
+) -> None:
+    """Be it missing there, or still that of an earlier push."""
+    if line == "tokenizer_config.json":
+        assert loftq("push", out, REPO).returncode == 0
+        (out / "tokenizer_config.json").write_text("{}")
+    folder = Path(shutil.copytree(hub.folder(REPO), tmp_path / "there")) if REPO in hub.repos else tmp_path / "there"
+    folder.mkdir(exist_ok=True)
+    (folder / ".gitignore").write_text(line + "\n")
+    hub.add(REPO, folder)
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    named = {"*.safetensors": "`, `model-00003-of-00003.safetensors` and 1 more: its"}
+    assert named.get(line, f"did not take `{line}`: its") in said(done)
+    assert "`.gitignore`" in said(done)
+    (hub.folder(REPO) / ".gitignore").unlink()
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert contents(hub.folder(REPO))["tokenizer_config.json"] == (out / "tokenizer_config.json").read_bytes()
+    assert verify(hub.folder(REPO)).violations == ()
+
+
 @pytest.mark.parametrize("beside", [[], ["all/9.safetensors"]])
 def test_a_way_out_that_deletes_no_more_than_the_other_model(
     hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, beside: list[str]
