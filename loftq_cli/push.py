@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from loftq_cli.card import text_name
 from loftq_cli.checkpoint.files import hash_file, read_json
 from loftq_cli.checkpoint.hub import is_repo_id
 from loftq_cli.errors import ConfigError, LoftqError
@@ -213,8 +214,8 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     source, config = dict(report["source"]), dict(report["config"])
     if source["revision"] is None:
         source["model"] = Path(source["model"]).name
-    if config["calibration"] is not None and Path(config["calibration"]).suffix:  # a file, not a data set
-        config["calibration"] = Path(config["calibration"]).name
+    if config["calibration"] is not None:
+        config["calibration"] = text_name(config["calibration"])
     return {
         ADAPTER_CONFIG: _json_bytes(adapter),
         CARD_FILE: card.encode(),

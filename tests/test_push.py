@@ -297,6 +297,28 @@ def test_a_tokenizer_that_was_mended_is_pushed_as_it_is(hub: WritableHub, loftq:
     assert (hub.folder(REPO) / "tokenizer_config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/me/secret/corpus", "corpus"),
+        ("~/secret/corpus", "corpus"),
+        ("../secret/corpus.jsonl", "corpus.jsonl"),
+        ("secret/corpus.txt", "corpus.txt"),
+        ("allenai/c4:en.noblocklist", "allenai/c4:en.noblocklist"),
+        ("me/corpus-1.5", "me/corpus-1.5"),
+    ],
+)
+def test_of_a_calibration_text_the_path_stays_here(
+    hub: WritableHub, loftq: Loftq, out: Path, given: str, told: str
+) -> None:
+    report = json.loads((out / "loftq_report.json").read_text())
+    report["config"]["calibration"] = given
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((hub.folder(REPO) / "loftq_report.json").read_text())["config"]["calibration"] == told
+
+
 def test_a_report_that_names_files_elsewhere(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     report = json.loads((out / "loftq_report.json").read_text())
     report["side_files"]["../secret"] = "0" * 64
