@@ -223,7 +223,10 @@ def verify(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so."""
+    """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so.
+
+    Tokenizer files and the like that differ from the source's count too; --json lists them apart, as `edited`.
+    """
     with speaking(json, quiet, verbose) as output:
         from loftq_cli import show
 

@@ -748,6 +748,10 @@ def test_quantize_pushes_what_it_made(hub: WritableHub, loftq: Loftq, model: Pat
     again = loftq(*command)  # in CI it is the same command again
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["push"]["commit"] == told["push"]["commit"]
+    (out / "tokenizer_config.json").write_text("{}")
+    mended = loftq(*command)
+    assert mended.returncode == 0, mended.stderr
+    assert "pushed as it is: tokenizer_config.json" in said(mended)
     hub.faults.append(Fault("preupload", 403, times=99))
     failed = loftq(*command)
     assert failed.returncode == 1
