@@ -171,6 +171,13 @@ def _cells(errors: Iterable[float | None]) -> str:
     return " | ".join(in_figures(errors)) + " |"
 
 
+def text_name(calibration: str) -> str:
+    """What others may read of where a text is from: the whole name of a data set, of a path the file's."""
+    path = Path(calibration)
+    is_file = calibration.startswith(("~", ".")) or path.suffix in (".jsonl", ".txt")
+    return path.name if is_file or path.is_absolute() or path.exists() else calibration
+
+
 def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a calibrated method; of the text its size and what it was, as far as it has a name."""
     config = report["config"]
@@ -179,6 +186,6 @@ def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
     text = report["calibration"]
     of_training = ("init", "epochs", "factor_lr", "clip_lr", "code_lr") if config["method"].startswith("apiq") else ()
     of_finish = ("finish_epochs", "finish_lr") if config["finish_epochs"] else ()
-    name = "the default text" if config["calibration"] is None else f"`{Path(config['calibration']).name}`"
+    name = "the default text" if config["calibration"] is None else f"`{text_name(config['calibration'])}`"
     size = f"{text['samples']} × {text['seqlen']} tokens of {name}"
     return {"calibrated on": size} | {key: config[key] for key in (*of_training, *of_finish)}

@@ -168,9 +168,7 @@ def quantize(
                 output.note(told(text, plan.config.calibration))
             show.plan(output, plan, out, key=pipeline.identity(plan, text).key)
             return
-        if push_to_hub is not None and not silent:
-            show.prepare_push(output, push_to_hub, private)  # what would be refused after hours is refused now
-        before = (out / "loftq_report.json").exists()
+        existed = (out / "loftq_report.json").exists()
         try:
             with (
                 _terminable(),
@@ -178,8 +176,9 @@ def quantize(
                 output.progress(*show.bar(plan, ranks.size), rate=not plan.is_calibrated) as advance,
             ):
                 report = pipeline.run_plan(
-                    plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks, note=output.note
-                )
+                    plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks, note=output.note,
+                    before=lambda: show.prepare_push(output, push_to_hub, private),
+                )  # fmt: skip
         except KeyboardInterrupt:
             kept = (out / ".loftq").exists()
             raise Interrupted(
@@ -190,7 +189,7 @@ def quantize(
             from loftq_cli.control import add_control
 
             report = add_control(plan, out, report)
-        if before and not overwrite and not resume:
+        if existed and not overwrite and not resume:
             output.note(f"`{out}` is finished already, with these very settings: nothing to do")
         if push_to_hub is not None and not silent:
             with _terminable():
@@ -224,7 +223,10 @@ def verify(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so."""
+    """Recompute hashes, and with --source every error, from the files; exit 1 if anything is not so.
+
+    Tokenizer files and the like that differ from the source's count too; --json lists them apart, as `edited`.
+    """
     with speaking(json, quiet, verbose) as output:
         from loftq_cli import show
 

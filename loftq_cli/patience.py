@@ -18,6 +18,7 @@ from loftq_cli.errors import LoftqError
 RETRIES = 3  # of a whole step, after those that the Hub's client makes of single requests
 LONGEST_WAIT_SECONDS = 600
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+AGAIN = "the same command goes on: what is there is not sent again"
 XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})[^)]*\)(?:.*?(https?://\S+))?", re.DOTALL)
 
 Note = Callable[[str], None]
@@ -62,11 +63,15 @@ def sentences(repo_id: str, revision: str | None) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def somebody_else(repo_id: str, status: int = 412) -> LoftqError:
+    """The error for a branch that does not stand where this push found it."""
+    return LoftqError(f"something else is writing to `{repo_id}` ({status})", f"wait for it; {AGAIN}")
+
+
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LoftqError:
     from huggingface_hub import constants, errors
 
-    owner, status = repo_id.partition("/")[0], _status(error)
-    again = "the same command goes on: what is there is not sent again"
+    owner, status, again = repo_id.partition("/")[0], _status(error), AGAIN
     if isinstance(error, errors.RevisionNotFoundError):
         return LoftqError(
             f"`{repo_id}` has no `{revision}`", "give a branch, which is made if need be, or a pull request"
@@ -88,7 +93,7 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> Loftq
             "yours",
         )
     if status in (409, 412):
-        return LoftqError(f"something else is writing to `{repo_id}` ({status})", f"wait for it; {again}")
+        return somebody_else(repo_id, status)
     if status == 429:
         seconds = _asked_seconds(error)
         how_long = f"{seconds:.0f} s" if seconds else "a few minutes"

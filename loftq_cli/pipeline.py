@@ -111,8 +111,12 @@ def run_plan(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     note: Callable[[str], None] = lambda sentence: None,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share; `note` is told of the text."""
+    """Carry out `plan`; see `quantize`. Of several `ranks`, this process does its share; `note` is told of the text.
+
+    `before` is called when nothing here stands in the way, and may refuse; never of a run that is finished already.
+    """
     if (calibration := prepare(plan, ranks.size) if plan.is_calibrated else None) is not None:
         note(told(calibration, plan.config.calibration))
     identified = identity(plan, calibration)
@@ -129,6 +133,7 @@ def run_plan(
         ranks.tell(FINISHED)
         return read_finished(out)
     check_disk(plan, out)
+    before()
     with claimed(out, identified, resume, overwrite) as journal:
         if journal is None:
             ranks.tell(FINISHED)

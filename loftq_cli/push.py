@@ -7,20 +7,30 @@ so that a push that broke off is finished by the same command.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import hashlib
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from loftq_cli.checkpoint.files import read_json
+from loftq_cli.card import text_name
+from loftq_cli.checkpoint.files import hash_file, read_json
 from loftq_cli.checkpoint.hub import is_repo_id
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, is_ours, written_files
-from loftq_cli.patience import Note, patiently, sentences
+from loftq_cli.patience import Note, patiently, sentences, somebody_else
 from loftq_cli.report import PLACEHOLDER, load_lines
 from loftq_cli.verify import read_report, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def open_repo(repo_id: str, private: bool, revision: str | None, note: Note) -> 
     Args:
         repo_id: owner and name.
         private: make it private; one that is there must be so already.
-        revision: a branch, made if need be; or a pull request, `refs/pr/N`, that is there.
+        revision: a branch, made if need be, without what main holds; or a pull request, `refs/pr/N`, that is there.
         note: is told of what takes longer.
 
     Raises:
@@ -129,8 +139,12 @@ def open_repo(repo_id: str, private: bool, revision: str | None, note: Note) -> 
             raise LoftqError(
                 f"`{repo_id}` is there already, and public", "leave out `--private`, or choose another name"
             )
-        if revision is not None and not revision.startswith("refs/"):
-            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), note)
+        is_branch = revision is not None and not revision.startswith("refs/")
+        if is_branch and not patiently(lambda: api.revision_exists(repo_id, str(revision)), note):
+            # not from main, whose model it would inherit, but from the repo's first commit, which mostly is empty
+            first = patiently(lambda: api.list_repo_commits(repo_id), note)[-1].commit_id
+            patiently(lambda: _find(repo_id, first, new_branch=True), note)
+            patiently(lambda: api.create_branch(repo_id, branch=str(revision), revision=first, exist_ok=True), note)
         return patiently(lambda: _find(repo_id, revision), note)
 
 
@@ -140,19 +154,25 @@ def push(
     """Upload; what is on the Hub already is not sent again.
 
     Raises:
-        LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on.
+        LoftqError: see `open_repo`; or the connection broke, and typing the same again goes on; or a `.gitignore` in
+            the repo has kept files out.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     repo_id, revision, api = parcel.repo_id, parcel.revision, HfApi()
-    stale = open_repo(repo_id, private, revision, note).ours - parcel.files.keys()
+    found = open_repo(repo_id, private, revision, note)
+    stale = sorted(found.ours - parcel.files.keys())
     what = f"{parcel.report['config']['bits']}-bit base and adapter, loftq {parcel.report['version']}"
 
     def upload() -> str:
-        found = _find(repo_id, revision)  # anew: where only the answer was lost, the branch stands at our own commit
+        head = _find(repo_id, revision).commit
+        if head != found.commit:  # somebody else's; or our own, of which only the answer was lost
+            if _differing(parcel, head):
+                raise somebody_else(repo_id)
+            return head
         content = {name: parcel.rewritten.get(name, (parcel.out / name).resolve()) for name in parcel.files}
         adds = [CommitOperationAdd(name, data) for name, data in content.items()]
-        deletes = [CommitOperationDelete(name) for name in sorted(found.ours - parcel.files.keys())]
+        deletes = [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
             repo_id,
             [*deletes, *adds],
@@ -164,8 +184,16 @@ def push(
 
     with sentences(repo_id, revision):
         commit = patiently(upload, note)
+        if lost := patiently(lambda: _differing(parcel, commit), note):  # the client does not tell what it leaves out
+            if not patiently(lambda: api.file_exists(repo_id, ".gitignore", revision=commit), note):
+                raise somebody_else(repo_id)
+            names = ", ".join(f"`{name}`" for name in lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+            raise LoftqError(
+                f"`{repo_id}` did not take {names}: its `.gitignore` keeps out what it names",
+                "take those lines out of the repo's `.gitignore`, or delete it; then the same command sends the rest",
+            )
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
-    return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(sorted(stale)))
+    return Pushed(repo_id, revision, commit, url, parcel.files, parcel.total_bytes, tuple(stale))
 
 
 def branch_of(revision: str | None) -> str | None:
@@ -186,8 +214,8 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     source, config = dict(report["source"]), dict(report["config"])
     if source["revision"] is None:
         source["model"] = Path(source["model"]).name
-    if config["calibration"] is not None and Path(config["calibration"]).suffix:  # a file, not a data set
-        config["calibration"] = Path(config["calibration"]).name
+    if config["calibration"] is not None:
+        config["calibration"] = text_name(config["calibration"])
     return {
         ADAPTER_CONFIG: _json_bytes(adapter),
         CARD_FILE: card.encode(),
@@ -195,8 +223,8 @@ def _rewritten(out: Path, repo_id: str, revision: str | None, report: dict[str, 
     }
 
 
-def _find(repo_id: str, revision: str | None) -> Found:
-    """Look at a branch.
+def _find(repo_id: str, revision: str | None, new_branch: bool = False) -> Found:
+    """Look at a branch, or at the commit that a new one is to begin with.
 
     Raises:
         LoftqError: it holds weights that no push of loftq has put there, which are not for us to replace.
@@ -211,17 +239,48 @@ def _find(repo_id: str, revision: str | None) -> Found:
     weights = {name for name in there if name.rpartition("/")[0] in ("", "loftq_init") and _is_weights(name)}
     if foreign := sorted(weights - ours):
         branch = ["--revision", revision] if revision else []
-        patterns = foreign if len(foreign) <= 3 else sorted({f"*{Path(name).suffix}" for name in foreign})
-        delete = shlex.join(["hf", "repos", "delete-files", repo_id, *patterns, *branch])
+        delete = shlex.join(["hf", "repos", "delete-files", repo_id, *_patterns(foreign, there), *branch])
         raise LoftqError(
             f"`{repo_id}` holds another model: `{foreign[0]}` is not from loftq",
-            f"choose another name; or if that model may go: `{delete}`",
+            "choose another name" + ("" if new_branch else f"; or if that model may go: `{delete}`"),
         )
     return Found(str(info.sha), frozenset(ours & there))
 
 
+def _differing(parcel: Parcel, commit: str) -> list[str]:
+    """The files that a commit lacks, or holds otherwise than they are to be pushed."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(parcel.repo_id, revision=commit, files_metadata=True)
+    there = {file.rfilename: file for file in info.siblings or []}
+    return [name for name in parcel.files if name not in there or not _is_same(parcel, name, there[name])]
+
+
+def _is_same(parcel: Parcel, name: str, there: RepoSibling) -> bool:
+    """Whether a file of the Hub is the one to be pushed; nothing is downloaded, nor are weights read again."""
+    if there.size != parcel.files[name]:
+        return False
+    content, path = parcel.rewritten.get(name), parcel.out / name
+    if there.lfs is None:  # known by git's hash; only what is small is stored like this
+        content = path.read_bytes() if content is None else content
+        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    sha256 = parcel.report["files"].get(name) if content is None else hashlib.sha256(content).hexdigest()
+    return there.lfs.sha256 == (sha256 or hash_file(path))
+
+
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") or name == "adapter_config.json"
+    return name.lower().endswith(WEIGHTS) or name == "adapter_config.json"
+
+
+def _patterns(names: list[str], there: set[str]) -> list[str]:
+    """`names` as `hf repos delete-files` takes them: numbered ones as one pattern, if it takes nothing else with it."""
+    patterns = set()
+    for name in names:
+        literal = glob.escape(name)
+        pattern = re.sub(r"\d+", "*", literal)
+        taken = fnmatch.filter(there, pattern)  # as the Hub's client does: `*` crosses `/`
+        patterns.add(pattern if len(taken) > 1 and pattern[0] != "*" and set(taken) <= set(names) else literal)
+    return sorted(patterns)
 
 
 def _json_bytes(value: Any) -> bytes:

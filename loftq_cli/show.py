@@ -26,7 +26,7 @@ from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.page import PAGE, page
 from loftq_cli.pipeline import plan_quantize
-from loftq_cli.push import Pushed, branch_of
+from loftq_cli.push import Parcel, Pushed, branch_of
 from loftq_cli.report import (
     about_experts,
     error_columns,
@@ -152,19 +152,21 @@ def report(
     output.result(f"\nCheck it:\n\n  {check}")
 
 
-def prepare_push(output: Out, repo_id: str, private: bool) -> None:
-    """Refuse before a run what would keep its output from being pushed."""
-    pushing.open_repo(repo_id, private, None, output.note)
+def prepare_push(output: Out, repo_id: str | None, private: bool) -> None:
+    """Refuse before a run what would keep its output from being pushed, after hours, to a repo if there is one."""
+    if repo_id is not None:
+        pushing.open_repo(repo_id, private, None, output.note)
 
 
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
-    output.note(f"pushing to {repo_id}")
     pushed = None
     flags = ["--private"] if private else []
     try:
         with interruptible(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
-            pushed = pushing.push(pushing.pack(out, repo_id), private=private, note=output.note)
+            parcel = _packed(output, out, repo_id)
+            output.note(f"pushing to {repo_id}")
+            pushed = pushing.push(parcel, private=private, note=output.note)
     finally:
         report(output, made, out, source, pushed)
     _pushed(output, pushed, made)
@@ -181,12 +183,7 @@ def push(
     dry_run: bool,
 ) -> None:
     """Push, or with `dry_run` say what would be."""
-    output.note(f"checking `{out}` against its report")
-    parcel = pushing.pack(out, repo_id, revision)
-    if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
-        output.note(f"not from loftq, so it stays here: {', '.join(left)}")
-    if parcel.edited:
-        output.note(f"no longer as the source has it, pushed as it is: {', '.join(parcel.edited)}")
+    parcel = _packed(output, out, repo_id, revision)
     if dry_run:
         output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
         rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
@@ -197,6 +194,17 @@ def push(
         pushed = pushing.push(parcel, private=private, message=message, note=output.note)
     output.data(asdict(pushed))
     _pushed(output, pushed, parcel.report)
+
+
+def _packed(output: Out, out: Path, repo_id: str, revision: str | None = None) -> Parcel:
+    """Pack, and say what of `out` stays here, and what is no longer as it was made."""
+    output.note(f"checking `{out}` against its report")
+    parcel = pushing.pack(out, repo_id, revision)
+    if left := [path.name for path in sorted(out.iterdir()) if path.is_file() and path.name not in parcel.files]:
+        output.note(f"not from loftq, so it stays here: {', '.join(left)}")
+    if parcel.edited:
+        output.note(f"no longer as the source has it, pushed as it is: {', '.join(parcel.edited)}")
+    return parcel
 
 
 def _pushed(output: Out, pushed: Pushed, report: Mapping[str, Any]) -> None:

@@ -183,6 +183,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "EntryNotFound", f"{under} does not exist")
         self.json([{"type": "file", "path": file, **_described(file, path)} for file, path in files.items()])
 
+    def _commits(self, repo: str, revision: str) -> None:
+        found, _, _ = self.commit(repo, revision)
+        author = [{"user": "somebody"}]
+        date = "2024-01-01T00:00:00.000Z"
+        commits = [
+            {"id": commit, "title": "", "message": "", "date": date, "authors": author} for commit in found.commits
+        ]
+        self.json(commits[::-1])
+
     def _resolve(self, repo: str, revision: str, file: str) -> None:
         _, commit, folder = self.commit(repo, revision, files=True)
         path = folder / file
@@ -235,6 +244,7 @@ REPO, REVISION, FILE = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"
 ROUTES: dict[str, Callable[..., None]] = {
     rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<under>.*))?": Handler._tree,
     rf"/api/models/{REPO}/revision/{REVISION}": Handler._model_info,
+    rf"/api/models/{REPO}/commits/{REVISION}": Handler._commits,
     rf"/api/models/{REPO}": Handler._model_info,
     rf"/storage/{REPO}/(?P<commit>[0-9a-f]{{40}})/{FILE}": Handler._storage,
     rf"/{REPO}/resolve/{REVISION}/{FILE}": Handler._resolve,
@@ -252,7 +262,8 @@ def _described(file: str, path: Path) -> dict[str, Any]:
         if file.endswith(".safetensors")
         else {}
     )
-    return {"size": size, "oid": sha256[:40], "blobId": sha256[:40], **large}
+    git = hashlib.sha1(f"blob {size}\0".encode() + path.read_bytes()).hexdigest()
+    return {"size": size, "oid": git, "blobId": git, **large}
 
 
 def _etag(path: Path) -> str:

@@ -35,10 +35,7 @@ SIGNATURE = "5ea1ed"  # of addresses: as good as a token
 
 @dataclass
 class Fault:
-    """Answers requests whose method and path match with `status`, so many times, from the `after`-th on.
-
-    Status 0 is no answer: the connection breaks.
-    """
+    """Answers what matches with `status` (0: breaks the connection), so many times, from the `after`-th on."""
 
     pattern: str
     status: int
@@ -46,6 +43,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
     page: bytes = b""  # in place of JSON, as proxies answer
+    meanwhile: Callable[[], object] = lambda: None
 
 
 class WritableHub(HubServer):
@@ -120,6 +118,7 @@ class WritingHandler(Handler):
                 fault.after -= 1
                 if fault.after < 0 and fault.times > 0:
                     fault.times -= 1
+                    fault.meanwhile()
                     if fault.status == 0:
                         self.connection.close()
                         raise ConnectionError("cut, as the test asks")
@@ -175,7 +174,7 @@ class WritingHandler(Handler):
         found = self.hub.repos[repo]
         if branch in found.refs:
             raise Refusal(409, "", "Reference already exists")
-        found.refs[branch] = found.refs["main"]
+        found.refs[branch] = json.loads(self.body).get("startingPoint", found.refs["main"])
         self.json({})
 
     def validate(self) -> None:
@@ -192,6 +191,7 @@ class WritingHandler(Handler):
         self.may_write(repo, revision)
         _, _, folder = self.commit(repo, revision)
         there, answers = files_in(folder), []
+        ignored = there[".gitignore"].read_text().split() if ".gitignore" in there else []
         for file in json.loads(self.body)["files"]:
             base64.b64decode(file["sample"])
             mode, oid = "lfs" if file["path"].endswith(".safetensors") else "regular", None
@@ -199,7 +199,8 @@ class WritingHandler(Handler):
                 content = there[file["path"]].read_bytes()
                 git = hashlib.sha1(f"blob {len(content)}\0".encode() + content)
                 oid = (hashlib.sha256(content) if mode == "lfs" else git).hexdigest()
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignore = any(Path(file["path"]).match(line) for line in ignored)
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         self.json({"files": answers, "commitOid": "0" * 40})
 
     def batch(self, repo: str) -> None:

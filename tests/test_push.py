@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -296,6 +297,28 @@ def test_a_tokenizer_that_was_mended_is_pushed_as_it_is(hub: WritableHub, loftq:
     assert (hub.folder(REPO) / "tokenizer_config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/me/secret/corpus", "corpus"),
+        ("~/secret/corpus", "corpus"),
+        ("../secret/corpus.jsonl", "corpus.jsonl"),
+        ("secret/corpus.txt", "corpus.txt"),
+        ("allenai/c4:en.noblocklist", "allenai/c4:en.noblocklist"),
+        ("me/corpus-1.5", "me/corpus-1.5"),
+    ],
+)
+def test_of_a_calibration_text_the_path_stays_here(
+    hub: WritableHub, loftq: Loftq, out: Path, given: str, told: str
+) -> None:
+    report = json.loads((out / "loftq_report.json").read_text())
+    report["config"]["calibration"] = given
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((hub.folder(REPO) / "loftq_report.json").read_text())["config"]["calibration"] == told
+
+
 def test_a_report_that_names_files_elsewhere(hub: WritableHub, loftq: Loftq, out: Path) -> None:
     report = json.loads((out / "loftq_report.json").read_text())
     report["side_files"]["../secret"] = "0" * 64
@@ -362,17 +385,26 @@ def test_private_means_private(hub: WritableHub, loftq: Loftq, out: Path) -> Non
 def test_another_model_is_not_replaced_and_an_older_push_is(
     hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path
 ) -> None:
-    hub.add("org/mine", model)
+    mine = Path(shutil.copytree(model, tmp_path / "mine"))
+    (mine / "adapter_config.json").write_text("{}")
+    others = {"onnx/model-1.safetensors", "tokenizer_config.json", "onnx/config.json"}
+    for name in others:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("{}")
+    hub.add("org/mine", mine)
     done = loftq("push", out, "org/mine")
     assert done.returncode == 1
     assert "holds another model" in said(done)
-    assert contents(hub.folder("org/mine")) == contents(model)
+    assert contents(hub.folder("org/mine")) == contents(mine)
 
     way_out = re.search(r"`hf (repos delete-files org/mine .*)`", said(done))
     assert way_out
     environment = {**os.environ, **hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)}
     deletes = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(way_out[1])]
     subprocess.run(deletes, check=True, env=environment, capture_output=True)
+    assert shlex.split(way_out[1])[3:] == ["adapter_config.json", "model-*-of-*.safetensors"]
+    gone = contents(mine).keys() - contents(hub.folder("org/mine")).keys()
+    assert gone == {"adapter_config.json", *(path.name for path in model.glob("*.safetensors"))}
     assert loftq("push", out, "org/mine").returncode == 0
 
     # an earlier push of a single file, with a note of the user's
@@ -389,6 +421,85 @@ def test_another_model_is_not_replaced_and_an_older_push_is(
     assert not [name for name in there if name.startswith("model-0")]
     assert set(json.loads(done.stdout)["deleted"]) == set(contents(out)) - set(contents(whole))
     assert verify(hub.folder(REPO)).violations == ()
+
+
+def test_a_branch_beside_another_model(hub: WritableHub, loftq: Loftq, out: Path, model: Path, tmp_path: Path) -> None:
+    """It does not inherit the model of main; where the first commit holds one already, no branch is made."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.gitattributes").write_text("")
+    hub.add("org/mine", tmp_path / "empty")
+    hub.add("org/mine", model)
+    done = loftq("push", "--revision", "2bit", out, "org/mine")
+    assert done.returncode == 0, done.stderr
+    assert contents(hub.folder("org/mine")) == contents(model)
+    assert set(contents(hub.folder("org/mine", "2bit"))) == {*contents(out), ".gitattributes"}
+    assert loftq("push", "--revision", "2bit", out, "org/mine").returncode == 0
+
+    hub.add("org/squashed", model)
+    done = loftq("push", "--revision", "2bit", out, "org/squashed")
+    assert done.returncode == 1
+    assert "holds another model" in said(done)
+    assert "delete-files" not in said(done)
+    assert hub.repos["org/squashed"].refs.keys() == {"main"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "model.Q4_K_M.gguf", "model.onnx", "tf_model.h5", "flax_model.msgpack", "a.pt", "a.ckpt"],
+)
+def test_a_model_of_another_kind_is_not_replaced(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(b"weights")
+    (tmp_path / "mine/config.json").write_text("{}")
+    hub.add("org/mine", tmp_path / "mine")
+    done = loftq("push", out, "org/mine")
+    assert done.returncode == 1
+    assert f"`{name}` is not from loftq" in said(done)
+    assert f"delete-files org/mine {name}`" in said(done)
+    assert contents(hub.folder("org/mine")).keys() == {name, "config.json"}
+
+
+@pytest.mark.parametrize("line", ["*.safetensors", "tokenizer_config.json"])
+def test_what_a_gitignore_keeps_out_is_said(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, line: str
+) -> None:
+    """Be it missing there, or still that of an earlier push."""
+    if line == "tokenizer_config.json":
+        assert loftq("push", out, REPO).returncode == 0
+        (out / "tokenizer_config.json").write_text("{}")
+    folder = Path(shutil.copytree(hub.folder(REPO), tmp_path / "there")) if REPO in hub.repos else tmp_path / "there"
+    folder.mkdir(exist_ok=True)
+    (folder / ".gitignore").write_text(line + "\n")
+    hub.add(REPO, folder)
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    named = {"*.safetensors": "`, `model-00003-of-00003.safetensors` and 1 more: its"}
+    assert named.get(line, f"did not take `{line}`: its") in said(done)
+    assert "`.gitignore`" in said(done)
+    (hub.folder(REPO) / ".gitignore").unlink()
+    done = loftq("push", out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert contents(hub.folder(REPO))["tokenizer_config.json"] == (out / "tokenizer_config.json").read_bytes()
+    assert verify(hub.folder(REPO)).violations == ()
+
+
+@pytest.mark.parametrize("beside", [[], ["all/9.safetensors"]])
+def test_a_way_out_that_deletes_no_more_than_the_other_model(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path, beside: list[str]
+) -> None:
+    weights = [f"part{i}[{i}].safetensors" for i in range(2)] + [f"{i}.safetensors" for i in range(4)]
+    for name in weights + beside:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("weights")
+    hub.add("org/mine", tmp_path / "mine")
+    way_out = re.search(r"`hf repos delete-files org/mine (.*)`", said(loftq("push", out, "org/mine")))
+    assert way_out
+    assert not re.search(r"'\*", way_out[1])
+    there = weights + beside
+    taken = {name for pattern in shlex.split(way_out[1]) for name in fnmatch.filter(there, pattern)}
+    assert taken == set(weights)
 
 
 def test_the_hub_says_later(hub: WritableHub, loftq: Loftq, out: Path) -> None:
@@ -454,6 +565,22 @@ def test_what_others_commit_meanwhile_is_not_overwritten(
     assert contents(hub.folder(REPO))["README.md"] == b"theirs"
     assert loftq("push", out, REPO).returncode == 0
     assert b"# Better" in contents(hub.folder(REPO))["README.md"]
+
+
+def test_what_others_commit_while_it_waits_is_not_overwritten(
+    hub: WritableHub, loftq: Loftq, out: Path, tmp_path: Path
+) -> None:
+    assert loftq("push", out, REPO).returncode == 0
+    theirs = Path(shutil.copytree(hub.folder(REPO), tmp_path / "theirs"))
+    (theirs / "README.md").write_text("theirs")
+    (theirs / "config.json").write_text("{}")
+    (out / "tokenizer_config.json").write_text("{}")  # the report does not tell this push from the last
+    hub.faults.append(Fault("/commit/", 429, meanwhile=lambda: hub.add(REPO, theirs)))
+    done = loftq("push", out, REPO)
+    assert done.returncode == 1
+    assert "something else is writing" in said(done)
+    assert contents(hub.folder(REPO)) == contents(theirs)
+    assert len(hub.messages) == 1
 
 
 def void(value: object) -> None:
@@ -603,6 +730,13 @@ def test_quantize_pushes_what_it_made(hub: WritableHub, loftq: Loftq, model: Pat
         assert refused.returncode in (1, 2)
         assert words in said(refused)
         assert not out.exists()  # before any work
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = loftq("quantize", *OPTIONS, "--push-to-hub", REPO, model, out)
+    assert refused.returncode == 1
+    assert "is not empty" in said(refused)
+    assert hub.repos == {}  # no repo is made for what is refused here
+    shutil.rmtree(out)
     command = ["quantize", *OPTIONS, "--json", "--push-to-hub", REPO, "--private", model, out]
     done = loftq(*command)
     assert done.returncode == 0, done.stderr
@@ -614,6 +748,10 @@ def test_quantize_pushes_what_it_made(hub: WritableHub, loftq: Loftq, model: Pat
     again = loftq(*command)  # in CI it is the same command again
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["push"]["commit"] == told["push"]["commit"]
+    (out / "tokenizer_config.json").write_text("{}")
+    mended = loftq(*command)
+    assert mended.returncode == 0, mended.stderr
+    assert "pushed as it is: tokenizer_config.json" in said(mended)
     hub.faults.append(Fault("preupload", 403, times=99))
     failed = loftq(*command)
     assert failed.returncode == 1

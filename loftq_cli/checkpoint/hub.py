@@ -103,7 +103,7 @@ def hub_errors(model: str, revision: str | None, file_bytes: int = 0) -> Iterato
     try:
         yield
     # HTTPError is that of the client's HTTP library, whichever it uses; older hf_xet raise RuntimeError
-    except (OSError, RuntimeError, errors.HTTPError, getattr(errors, "XetDownloadError", OSError)) as error:  # type: ignore[attr-defined]
+    except (OSError, RuntimeError, errors.HTTPError, errors.XetDownloadError) as error:  # type: ignore[attr-defined]
         raise _sentence(error, model, revision, file_bytes) from error
 
 
