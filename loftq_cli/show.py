@@ -161,9 +161,10 @@ def prepare_push(output: Out, repo_id: str | None, private: bool) -> None:
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
     pushed = None
-    flags = ["--private"] if private else []
     try:
-        with interruptible(f"go on with `{shlex.join(['loftq', 'push', *flags, str(out), repo_id])}`"):
+        with interruptible(
+            f"go on with `{shlex.join(['loftq', 'push', *['--private'] * private, str(out), repo_id])}`"
+        ):
             parcel = _packed(output, out, repo_id)
             output.note(f"pushing to {repo_id}")
             pushed = pushing.push(parcel, private=private, note=output.note)
