@@ -132,10 +132,9 @@ def report(
         f"base {size(totals['base_bytes'])}, adapter {size(totals['adapter_bytes'])}; "
         f"{seconds['total']:.1f} s ({stages}), {size(totals['peak_host_bytes'])} of host memory{device}"
     )
-    if experts := about_experts(report):
-        output.result(experts)
-    if training := trained(report):
-        output.result(training)
+    for told in (about_experts(report), trained(report)):
+        if told:
+            output.result(told)
     if control := report.get("control"):
         output.result(sentence(control, totals["relative_error"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
@@ -161,10 +160,9 @@ def prepare_push(output: Out, repo_id: str | None, private: bool) -> None:
 def report_pushed(output: Out, made: Mapping[str, Any], out: Path, source: str, repo_id: str, private: bool) -> None:
     """Push what was made, and report both; where the push fails, what was made."""
     pushed = None
+    command = shlex.join(["loftq", "push", *["--private"] * private, str(out), repo_id])
     try:
-        with interruptible(
-            f"go on with `{shlex.join(['loftq', 'push', *['--private'] * private, str(out), repo_id])}`"
-        ):
+        with interruptible(f"go on with `{command}`"):
             parcel = _packed(output, out, repo_id)
             output.note(f"pushing to {repo_id}")
             pushed = pushing.push(parcel, private=private, note=output.note)
