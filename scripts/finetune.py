@@ -163,7 +163,7 @@ def fill_item(
             say("  not the bytes that were trained on before: measured anew")
             described_as = describe_base(item, base, arguments.model, shown)
         if described_as is not known:
-            results.replace(described_as)
+            results.replace(described_as, again)
             wanted = arguments.tasks
         for name in wanted:
             if name not in tasks:

@@ -90,10 +90,15 @@ class Results:
                         {**row, "before": {**known.get("before", {}), **row["before"]}} if "before" in row else row
                     )
 
-    def replace(self, base: dict[str, Any]) -> None:
-        """A base in the place of the one of its name, whose runs say nothing of it and are removed."""
+    def replace(self, base: dict[str, Any], again: bool) -> None:
+        """A base in the place of the one of its name, whose runs say nothing of it and are removed.
+
+        Unless that one is of the same bytes: another process has begun with it, too. With `again` in any case.
+        """
         key = {name: base[name] for name in BASE}
         with self.locked():
+            if not again and any(same(row, {**key, "made_of": base["made_of"]}) for row in self.bases):
+                return
             self.runs, self.bases = ([row for row in rows if not same(row, key)] for rows in (self.runs, self.bases))
             self.bases.append(base)
 

@@ -225,7 +225,7 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
         measured = {"validation": {"nll": validation}, "test": {"nll": test, "perplexity": test}, "curve": [1.0]}
         return {**key, "seed": seed, "lr": lr, **measured, "seconds": 1.0}
 
-    kept.add(bases=[{**base, "flags": "", "before": {}, "bits per weight": 2.25, "with adapter": 3.0}])
+    kept.add(bases=[{**base, "flags": "", "made_of": "", "before": {}, "bits per weight": 2.25, "with adapter": 3.0}])
     kept.add([row(1e-4, 0, 3.0, 9.0), row(1e-3, 0, 2.0, 30.0)])
     assert kept.table()[0]["Austen perplexity"] is None  # before the search is over there is nothing to show
     assert finetune.next_run(kept, key, [0, 1]) == (0, 3e-4)
@@ -237,6 +237,18 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     kept.add([row(1e-3, 1, 9.0, 32.0)])
     assert kept.table()[0]["Austen perplexity"] == "31.00 ± 1.41 (n = 2)"
     assert kept.table()[0]["learning rates"] == "–, 0.001"
+
+    # a base keeps its runs, unless it is of other bytes or measured again
+    made = {**kept.bases[0], "made_of": "a"}
+    for new, again, count in (
+        (made, False, 0),
+        (made, False, 1),
+        ({**made, "made_of": "b"}, False, 0),
+        (made, True, 0),
+    ):
+        kept.replace(new, again)
+        assert len(kept.of(**key)) == count
+        kept.add([row(1e-4, 0, 3.0, 9.0)])
 
     # downwards, too, and to the ladder's end
     other = key | {"arm": "qlora"}

@@ -80,10 +80,8 @@ def read_pickled(path: Path, file: str, shown_as: str) -> Header:
                 records = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
                 if "data.pkl" not in records:
                     raise NotPlainError("it holds no `data.pkl`")
-                for small in {
-                    "data.pkl",
-                    "byteorder",
-                } & records.keys():  # else little on disk could be much to read
+                # else little on disk could be much to read
+                for small in {"data.pkl", "byteorder"} & records.keys():
                     if records[small].compress_type != zipfile.ZIP_STORED or records[small].file_size > MOST_BYTES:
                         raise NotPlainError(f"its `{small}` is compressed, or beyond all measure")
                 if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
