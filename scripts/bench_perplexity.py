@@ -6,7 +6,8 @@
 
 Every combination of bits, rank and arm is a whole `loftq quantize` process, then base + adapter on the texts in
 scripts/data/; the source once. A row is saved as soon as it is there, and what the file has already is skipped, so
-the table can be filled by several calls. An arm that fails is reported, and the others go on.
+the table can be filled by several calls; with `--cache`, one that was cut off goes on where it was, and its row has no
+seconds. An arm that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any
 
 import bench_common
 from bench_common import GROUP_SIZE, file_name, machine, print_table, save, say
-from bench_quantize import run_process
 
 NAME, SOURCE = "perplexity", "source"
 DATA = Path(__file__).parent / "data"
@@ -110,16 +110,22 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(model: Path, flags: list[str], evaluation: dict[str, int], with_source: bool) -> dict[str, Any]:
-    """One whole process, and the perplexities of what it wrote, which is then removed."""
+def measure(
+    model: Path, flags: list[str], evaluation: dict[str, int], with_source: bool, cache: Path | None, again: bool
+) -> dict[str, Any]:
+    """One whole process, and the perplexities of what it wrote, which is then removed unless there is a cache."""
+    import torch
+    from finetune_base import made
+
     free()  # what an evaluation that failed has left
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
-        out = Path(work) / "out"
-        command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "-q", *flags, str(model), str(out)]
-        process = run_process(command)
-        texts = perplexities(out, str(model) if with_source else None, evaluation)
-    totals = json.loads(process["output"])["totals"]
-    return {**process, "totals": totals, "texts": texts}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with (
+        tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work,
+        made(model, flags, device, cache or Path(work), cache is not None, again) as base,
+    ):
+        texts = perplexities(base.folder, str(model) if with_source else None, evaluation)
+    assert base.report is not None
+    return {"process": base.process, "totals": base.report["totals"], "texts": texts}
 
 
 def source_row(texts: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +136,11 @@ def source_row(texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_row(key: dict[str, Any], measured: dict[str, Any], source: dict[str, Any], flags: str) -> dict[str, Any]:
-    totals = measured["totals"]
+    totals, process = measured["totals"], measured["process"] or {"wall": None, "VmHWM": 0}
     row = {
-        **key, "seconds": measured["wall"],
+        **key, "seconds": process["wall"],
         "device, GiB": totals["peak_device_bytes"] / 2**30 or None,  # none on a CPU
-        "host, GiB": max(totals["peak_host_bytes"], measured["VmHWM"]) / 2**30,  # samples may miss the very last
+        "host, GiB": max(totals["peak_host_bytes"], process["VmHWM"]) / 2**30,  # samples may miss the very last
     }  # fmt: skip
     for text, found in measured["texts"].items():
         perplexity = found["base + adapter"]
@@ -148,7 +154,7 @@ def make_row(key: dict[str, Any], measured: dict[str, Any], source: dict[str, An
 
 def perplexity(
     model: Path, arms: dict[str, str], bits: list[int], ranks: list[int], calibration: str, samples: int, seqlen: int,
-    evaluation: dict[str, int], again: bool,
+    evaluation: dict[str, int], again: bool, cache: Path | None,
 ) -> list[str]:  # fmt: skip
     """Fill and print the table; the arms that failed."""
     common = {"model": model.resolve().name, "group_size": GROUP_SIZE, "evaluation": evaluation}
@@ -171,7 +177,7 @@ def perplexity(
         source = next((row for row in rows if row["method"] == SOURCE), None)
         try:
             full = quantize_flags(arm, key["bits"], key["rank"], ["--calibration", calibration, *windows])
-            measured = measure(model, full, evaluation, with_source=source is None)
+            measured = measure(model, full, evaluation, source is None, cache, again)
         except Exception as error:  # whatever became of one arm, the others are worth having
             say(f"  failed: {type(error).__name__}: {error}")
             failed.append(label)
@@ -180,7 +186,7 @@ def perplexity(
             rows.append(source := source_row(measured["texts"]))
         # one row of a name, bits and rank: two with other flags could not be told apart in the table
         rows = [row for row in rows if row not in same] + [make_row(key, measured, source, flags)]
-        say(f"  {measured['wall']:.1f} s", {text: found["base + adapter"] for text, found in measured["texts"].items()})
+        say("  perplexities:", {text: found["base + adapter"] for text, found in measured["texts"].items()})
         save_rows(rows, common)
     print_table(rows, COLUMNS)
     return failed
@@ -202,6 +208,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens in such a window")
     parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens in a window that is evaluated")
     parser.add_argument("--max-tokens", type=int, default=65536, help="of each text that is evaluated")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep bases there, also those that were cut off")
     parser.add_argument("--again", action="store_true", help="measure what is there already, but for the source")
     parsed = parser.parse_args(arguments)
     parsed.arms = {}
@@ -219,7 +226,7 @@ def main(arguments: list[str]) -> int:
     parsed = parse(arguments)
     failed = perplexity(
         parsed.model, parsed.arms, parsed.bits, parsed.ranks, parsed.calibration, parsed.samples, parsed.seqlen,
-        {"seqlen": parsed.eval_seqlen, "max_tokens": parsed.max_tokens}, parsed.again,
+        {"seqlen": parsed.eval_seqlen, "max_tokens": parsed.max_tokens}, parsed.again, parsed.cache,
     )  # fmt: skip
     for label in failed:
         say(f"failed: {label}")

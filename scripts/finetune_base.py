@@ -1,4 +1,4 @@
-"""The quantized models that `finetune.py` trains on: made once, described, removed where nobody keeps them."""
+"""The quantized models that `finetune.py` and `bench.py perplexity` look at: removed where nobody keeps them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Base:
-    """`report` is loftq's; None of the model itself. `seconds` it took to make; None where it was there."""
+    """`report` is loftq's; None of the model itself. `process` is what made it, where one whole process did."""
 
     folder: Path
     report: dict[str, Any] | None
-    seconds: float | None
+    process: dict[str, Any] | None
+
+    @property
+    def seconds(self) -> float | None:
+        """That it took to make; 0 for the model itself, None where not all of it was made now."""
+        return 0.0 if self.report is None else self.process and self.process["wall"]
 
     @property
     def made_of(self) -> str:
@@ -43,24 +48,26 @@ def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool, ag
     What the cache has is of the same version of loftq, and of files, named in flags, of the same content.
     """
     if not flags:
-        yield Base(model, None, 0.0)
+        yield Base(model, None, None)
         return
     from filelock import FileLock
 
     cache.mkdir(parents=True, exist_ok=True)
     contents = [file_digest(Path(flag)) for flag in flags if Path(flag).is_file()]
     folder = cache / f"{model.resolve().name}-{digest([__version__, str(model.resolve()), flags, contents])}"
-    seconds = None
+    process = None
     with FileLock(folder.with_suffix(".lock")):  # another process may be making it: then it is waited for
         if again and folder.exists():
             shutil.rmtree(folder)
         if not (folder / "loftq_report.json").exists():  # written last
             absolute = [str(ROOT / flag) if flag.startswith("configs/") else flag for flag in flags]
             command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "-q", "--resume", *absolute]
-            seconds = run_process([*command, "--device", device, str(model), str(folder)])["wall"]
-            say(f"  quantized in {seconds:.1f} s")
+            begun = folder.exists()
+            process = run_process([*command, "--device", device, str(model), str(folder)])
+            say(f"  quantized in {process['wall']:.1f} s" + (", having gone on with what was there" if begun else ""))
+            process = None if begun else process
     try:
-        yield Base(folder, json.loads((folder / "loftq_report.json").read_text()), seconds)
+        yield Base(folder, json.loads((folder / "loftq_report.json").read_text()), process)
     finally:
         if not keep:
             shutil.rmtree(folder)

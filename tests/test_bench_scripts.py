@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -247,16 +249,33 @@ def test_the_table_of_perplexities_is_filled_by_several_calls(
         assert row["seconds"] > row["stages, s"]["total"] > 0
         assert 0.1 < row["host, GiB"] < 8
 
+    # a base that was cut off and is kept goes on where it was; how long it took is then not known
+    kept = ["--methods", "qlora", "--again", "--cache", str(tmp_path / "kept")]
+    assert perplexity.main([*settings, *kept]) == 0
+    (base,) = (path for path in (tmp_path / "kept").iterdir() if path.is_dir())
+    assert json.loads(file.read_text())["rows"][1]["seconds"] > 0
+    file.write_text(json.dumps({**content, "rows": [source]}))
+    shutil.rmtree(base)
+    base.mkdir()  # by a run that was cut off early
+    capfd.readouterr()
+    assert perplexity.main([*settings, *kept[:2], *kept[3:]]) == 0
+    assert "having gone on" in capfd.readouterr().err
+    unknown = {"seconds": None, "host, GiB": ANY, "stages, s": ANY}
+    assert json.loads(file.read_text())["rows"] == [source, {**rows[0], **unknown}]
+    file.write_text(json.dumps(content))
+
     # what is there is not measured again, but for an arm with other settings, or where it is asked for
     calls = []
 
-    def measure(model: Path, flags: list[str], evaluation: dict[str, int], with_source: bool) -> dict[str, Any]:
+    def measure(
+        model: Path, flags: list[str], evaluation: dict[str, int], with_source: bool, cache: None, again: bool
+    ) -> dict[str, Any]:
         assert not with_source
         calls.append(flags)
         peaks = {"peak_device_bytes": 1, "peak_host_bytes": 1}
         totals = {"bits_per_weight": 2, "relative_error": 0, "seconds": {}, **peaks}
         texts = {name: {"base alone": 7.0, "base + adapter": 5.0} for name in perplexity.TEXTS}
-        return {"wall": 1.0, "VmHWM": 1, "totals": totals, "texts": texts}
+        return {"process": None, "totals": totals, "texts": texts}
 
     monkeypatch.setattr(perplexity, "measure", measure)
     before = file.read_text()
