@@ -9,9 +9,9 @@
 
 Every base is one `loftq quantize`, used for all tasks, learning rates and seeds. All arms see the same data in the
 same order, with the same steps and batches. One seed searches the learning rate, by what is held out for that, up to
-where higher and lower ones are worse; the other seeds take that. Every training is saved as soon as it is done and
-never repeated, so the table can be filled by several calls, one after another or beside each other. An arm that fails
-is reported, and the others go on.
+where higher and lower ones are worse; the other seeds take that. What can be trained at once is, on the one base in
+memory, side by side. Every training is saved when it is done and never repeated, so the table can be filled by several
+calls, one after another or beside each other. An arm that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ def items(arms: dict[str, str], bits: list[str], ranks: list[int]) -> list[dict[
     return sorted(found, key=lambda item: (item["bits"] not in FIRST, item["rank"]))
 
 
-def next_run(results: Results, key: dict[str, Any], seeds: list[int]) -> tuple[int, float] | None:
-    """Seed and learning rate of the first training that is missing; the search comes first."""
+def next_runs(results: Results, key: dict[str, Any], seeds: list[int]) -> list[tuple[int, float]]:
+    """Seeds and learning rates of trainings that are missing and can be done now; the search comes first."""
     best, following = results.search(**key)
     if best is None:
-        return (SEARCH_SEED, following) if SEARCH_SEED in seeds and following else None
-    return next(((seed, best) for seed in seeds if not results.of(seed=seed, lr=best, **key)), None)
+        return [(SEARCH_SEED, lr) for lr in following if SEARCH_SEED in seeds]
+    return [(seed, best) for seed in seeds if not results.of(seed=seed, lr=best, **key)]
 
 
 def expected(results: Results, task: str) -> float:
-    """Seconds of a training: as long as the longest so far."""
+    """Seconds of trainings: as long as the longest so far."""
     return max((run["seconds"] for run in results.runs if run["task"] == task), default=0.0)
 
 
@@ -139,8 +139,8 @@ def fill_item(
 
     untrained = item["arm"] in UNTRAINED
 
-    def missing(task: str) -> tuple[int, float] | None:
-        return None if untrained else next_run(results, item | {"task": task}, arguments.seeds)
+    def missing(task: str) -> list[tuple[int, float]]:
+        return [] if untrained else next_runs(results, item | {"task": task}, arguments.seeds)
 
     wanted = [t for t in arguments.tasks if again or missing(t) or (untrained and not (known and t in known["before"]))]
     if not wanted:
@@ -174,13 +174,14 @@ def fill_item(
                 described_as = {**described_as, "before": before}
                 results.add(bases=[described_as])
                 say(f"  {name} before training:", before[name])
-            while (pair := missing(name)) is not None:
-                key = item | {"task": name, "seed": pair[0], "lr": pair[1]}
+            while pairs := missing(name)[: arguments.at_once]:
                 if not clock.fits(expected(results, name), f"{label}, {name}"):
                     break
-                row = {**key, **run(tuned, tasks[name], pair[1], pair[0])}
-                results.add(runs=[row])
-                say(f"  {name}, seed {pair[0]}, rate {pair[1]:g}: {row['seconds']:.1f} s", row["test"])
+                rows = [item | {"task": name} | row for row in run(tuned, tasks[name], pairs)]
+                results.add(runs=rows)
+                for row in rows:
+                    done = f"{name}, seed {row['seed']}, rate {row['lr']:g}: {row['seconds']:.1f} s"
+                    say(f"  {done}, {len(rows)} at once", row["test"])
 
 
 def guess(flags: list[str]) -> float:
@@ -217,6 +218,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     add("--samples", type=int, default=128, help="windows of it")
     add("--seqlen", type=int, default=1024, help="tokens in such a window")
     add("--device", default=None, help="default: the first GPU, else the CPU")
+    add("--at-once", type=int, default=3, metavar="N", help="so many trainings side by side on one base; default: 3")
     add("--eager", action="store_true", help="on a GPU launch every kernel anew: no CUDA graphs")
     add("--again", action="store_true", help="quantize these arms anew, and measure them instead of what is there")
     add("--merge", type=Path, nargs="+", metavar="FILE", help="add the rows of other files of results, and stop")

@@ -134,20 +134,20 @@ class Results:
     def of(self, **key: Any) -> list[dict[str, Any]]:
         return [run for run in self.runs if same(run, key)]
 
-    def search(self, **key: Any) -> tuple[float | None, float | None]:
-        """The learning rate with the least validation loss, and that to be tried next; one of them is None.
+    def search(self, **key: Any) -> tuple[float | None, list[float]]:
+        """The learning rate with the least validation loss, or None and those to be tried next.
 
         It is found once the next rate on either side is worse, so that no arm is cut off by what is tried for all.
         """
         tried = {run["lr"]: run["validation"]["nll"] for run in self.of(seed=SEARCH_SEED, **key)}
         if missing := [lr for lr in self.common["tasks"][key["task"]]["rates"] if lr not in tried]:
-            return None, missing[0]
+            return None, missing
         best = min(sorted(tried), key=lambda lr: math.inf if tried[lr] is None else tried[lr])
         below = max((lr for lr in LADDER if lr < best), default=best)
         above = min((lr for lr in LADDER if lr > best), default=best)
         if best == min(tried) and below not in tried:
-            return None, below
-        return (None, above) if best == max(tried) and above not in tried else (best, None)
+            return None, [below]
+        return (None, [above]) if best == max(tried) and above not in tried else (best, [])
 
     def chosen(self, **key: Any) -> list[dict[str, Any]]:
         """The runs, one a seed, with the learning rate that was chosen."""

@@ -154,9 +154,9 @@ def test_what_is_there_is_not_done_again(
 ) -> None:
     file, trained = filled["file"], []
 
-    def run(tuned: Any, task: Any, lr: float, seed: int) -> dict[str, Any]:
-        trained.append((lr, seed))
-        return {key: value for key, value in lost[0].items() if key not in results.RUN}
+    def run(tuned: Any, task: Any, pairs: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        trained.extend(pairs)
+        return [{key: value for key, value in lost[0].items() if key not in results.BASE}]
 
     monkeypatch.setattr(finetune, "run", run)
     before = file.read_text()
@@ -172,7 +172,7 @@ def test_what_is_there_is_not_done_again(
     assert trained == []
     assert "no time left for: loftq, 2 bits, rank 4" in capsys.readouterr().err
     assert finetune.main(filled["arguments"]) == 0
-    assert (trained, file.read_text()) == ([(lost[0]["lr"], 2)], before)
+    assert (trained, file.read_text()) == ([(2, lost[0]["lr"])], before)
 
     # other flags of an arm, other steps: nothing is mixed up
     assert finetune.main([*filled["arguments"], "--samples=2"]) == 1
@@ -228,12 +228,12 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     kept.add(bases=[{**base, "flags": "", "made_of": "", "before": {}, "bits per weight": 2.25, "with adapter": 3.0}])
     kept.add([row(1e-4, 0, 3.0, 9.0), row(1e-3, 0, 2.0, 30.0)])
     assert kept.table()[0]["Austen perplexity"] is None  # before the search is over there is nothing to show
-    assert finetune.next_run(kept, key, [0, 1]) == (0, 3e-4)
-    assert finetune.next_run(kept, key, [1]) is None
+    assert finetune.next_runs(kept, key, [0, 1]) == [(0, 3e-4)]
+    assert finetune.next_runs(kept, key, [1]) == []
     kept.add([row(3e-4, 0, 2.5, 1.0)])
-    assert finetune.next_run(kept, key, [0, 1]) == (0, 3e-3)  # the best so far is the highest
+    assert finetune.next_runs(kept, key, [0, 1]) == [(0, 3e-3)]  # the best so far is the highest
     kept.add([row(3e-3, 0, None, 1.0)])  # went astray
-    assert finetune.next_run(kept, key, [0, 1]) == (1, 1e-3)
+    assert finetune.next_runs(kept, key, [0, 1]) == [(1, 1e-3)]
     kept.add([row(1e-3, 1, 9.0, 32.0)])
     assert kept.table()[0]["Austen perplexity"] == "31.00 ± 1.41 (n = 2)"
     assert kept.table()[0]["learning rates"] == "–, 0.001"
@@ -255,9 +255,9 @@ def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     for lr in (1e-4, 3e-4, 1e-3, 3e-5):
         assert kept.search(**other)[0] is None
         kept.add([row(lr, 0, lr, 1.0) | {"arm": "qlora"}])
-    assert kept.search(**other) == (None, results.LADDER[0])
+    assert kept.search(**other) == (None, [results.LADDER[0]])
     kept.add([row(results.LADDER[0], 0, 0.0, 1.0) | {"arm": "qlora"}])
-    assert kept.search(**other) == (results.LADDER[0], None)
+    assert kept.search(**other) == (results.LADDER[0], [])
 
 
 def test_an_arm_may_look_at_what_is_trained_on(filled: dict[str, Any], small: Path) -> None:
@@ -322,16 +322,17 @@ def test_a_base_of_other_bytes_is_measured_anew(
     content["runs"].remove(runs["austen"])
     file.write_text(json.dumps(content))
 
-    def run(tuned: Any, task: Any, lr: float, seed: int) -> dict[str, Any]:
-        trained.append((lr, seed))
-        return {key: value for key, value in runs[type(task).__name__.lower()].items() if key not in results.RUN}
+    def run(tuned: Any, task: Any, pairs: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        trained.extend(pairs)
+        done = runs[type(task).__name__.lower()]
+        return [{**done, "seed": seed, "lr": lr} for seed, lr in pairs]
 
     monkeypatch.setattr(finetune, "run", run)
     assert finetune.main([*filled["arguments"], "--seeds", "0"]) == 0
     assert trained == []  # nothing was missing
     assert finetune.main(filled["arguments"]) == 0
     assert "measured anew" in capsys.readouterr().err
-    assert len([seed for _, seed in trained if seed]) == 2 * len(SIZES)
+    assert len([seed for seed, _ in trained if seed]) == 2 * len(SIZES)
     file.write_text(before)
 
 
@@ -366,12 +367,16 @@ def test_every_training_begins_at_the_same_start_and_learns(small: Path) -> None
         task = make(tokenizer, "cpu", replace(SIZES[name], steps=40, batch=4))
         tuned = training.Tuned(small / "model", 8, "cpu", fresh=True)
         before = tuned.evaluate(task, "validation")
-        first = tuned.train(task, 1e-2, seed=1)
+        (first,) = tuned.train(task, [(1, 1e-2)])
         assert first["curve"][-1] < 0.9 * first["curve"][0]
-        assert tuned.evaluate(task, "validation") != before
-        again, other = tuned.train(task, 1e-2, seed=1), tuned.train(task, 1e-2, seed=2)
+        assert (after := tuned.evaluate(task, "validation")) != before
+        slower, again, other = tuned.train(task, [(1, 1e-3), (1, 1e-2), (2, 1e-2)])  # at once as one by one
         assert first["curve"] == again["curve"] != other["curve"]
-        assert first["data"] == again["data"] != other["data"]
+        assert first["curve"][-1] < slower["curve"][-1] < slower["curve"][0]
+        assert first["data"] == again["data"] == slower["data"] != other["data"]
+        for number, row in enumerate((slower, again, other)):
+            tuned.use(number)
+            assert (tuned.evaluate(task, "validation") == after) == (row == again)
         tuned.reset(0)
         assert tuned.evaluate(task, "validation") == before
 
@@ -384,8 +389,8 @@ def test_a_bfloat16_model_is_trained_as_one(small: Path, tmp_path: Path) -> None
     task = tasks.Headlines(AutoTokenizer.from_pretrained(small / "model"), "cpu", replace(SIZES["headlines"], steps=40))
     tuned, exact = (training.Tuned(folder / "model", 8, "cpu", fresh=True) for folder in (tmp_path, small))
     assert {p.dtype for p in tuned.causal.parameters()} == {torch.bfloat16, torch.float32}
-    assert {p.dtype for p in tuned.parameters.values()} == {torch.float32}
-    rounded, other = (model.train(task, 1e-2, seed=1) for model in (tuned, exact))
+    assert {p.dtype for p in tuned.start.values()} == {torch.float32}
+    rounded, other = (model.train(task, [(1, 1e-2)])[0] for model in (tuned, exact))
     assert (rounded["dtype"], other["dtype"]) == ("bfloat16", "float32")
     assert rounded["curve"] == pytest.approx(other["curve"], rel=0.1)
     assert rounded["curve"][-1] < 0.9 * rounded["curve"][0]
@@ -404,10 +409,14 @@ def test_replayed_steps_train_as_launched_ones(small: Path, tmp_path: Path, dtyp
         replayed, launched = (
             training.Tuned(tmp_path / "model", 8, "cuda", fresh=True, graphs=graphs) for graphs in (True, False)
         )
-        first, second = (tuned.train(task, 1e-2, seed=1) for tuned in (replayed, launched))
-        assert (first["graph"], second["graph"]) == (True, False)
-        assert first["curve"] == pytest.approx(second["curve"], rel=0.02)
-        assert replayed.train(task, 1e-2, seed=1)["curve"] == pytest.approx(first["curve"], rel=0.02)
+        pairs = [(1, 1e-2), (2, 1e-2), (1, 1e-3)]
+        first, second, again = (tuned.train(task, pairs) for tuned in (replayed, launched, replayed))
+        for row, other, repeated in zip(first, second, again, strict=True):
+            assert (row["graph"], other["graph"]) == (True, False)
+            assert row["curve"] == pytest.approx(other["curve"], rel=0.02)
+            assert row["curve"] == pytest.approx(repeated["curve"], rel=0.02)
+        (alone,) = replayed.train(task, pairs[:1])
+        assert alone["curve"] == pytest.approx(first[0]["curve"], rel=0.02)
 
 
 def test_zero_adapters_begin_alike_and_others_as_loftq_left_them(small: Path, filled: dict[str, Any]) -> None:
@@ -416,11 +425,12 @@ def test_zero_adapters_begin_alike_and_others_as_loftq_left_them(small: Path, fi
     qlora, loftq = (training.Tuned(folders[name], 4, "cpu", fresh=False) for name in ("qlora", "loftq"))
     for tuned in (fresh, qlora, loftq):
         tuned.reset(5)
-    assert list(fresh.parameters) == list(qlora.parameters) == list(loftq.parameters)
-    for name, p in fresh.parameters.items():
-        assert torch.equal(p, qlora.parameters[name])
-        assert torch.equal(loftq.parameters[name], loftq.start[name])
-    assert any(not torch.equal(p, loftq.parameters[name]) for name, p in fresh.parameters.items())
+    parameters, zero, repaired = (tuned.adapters[0] for tuned in (fresh, qlora, loftq))
+    assert list(parameters) == list(zero) == list(repaired)
+    for name, p in parameters.items():
+        assert torch.equal(p, zero[name])
+        assert torch.equal(repaired[name], loftq.start[name])
+    assert any(not torch.equal(p, repaired[name]) for name, p in parameters.items())
 
 
 def test_mixtures_and_their_order(tiny_llama: Path) -> None:
