@@ -51,6 +51,7 @@ ARMS = (
 BEST, TASK_TEXT = bench_perplexity.ARMS["apiq-bw-finish-lloyd"], "tasks.txt"
 BEYOND = {  # what may bring 2 bits nearer to 16: more bytes, training, windows, or a text of what is to be learnt
     "group-32": f"{BEST} --group-size 32",
+    "epochs-20": f"{BEST} --epochs 20",
     "finish-12": f"{BEST} --finish-epochs 12",
     "windows-240": f"{BEST} --samples 240",  # all that there are in the text
     "task-text": f"{BEST} --calibration {TASK_TEXT}",
