@@ -49,7 +49,7 @@ class QuantizeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Bits = 4
-    quantizer: Literal["uniform", "uniform-symmetric", "nf", "nf-search", "lloyd"] | None = None
+    quantizer: Literal["uniform", "uniform-symmetric", "nf", "nf-search", "lloyd", "lloyd-fit"] | None = None
     group_size: int = 64
     format: Literal["auto", "bnb", "gptq", "compressed-tensors", "packed", "dense"] = "auto"
     double_quant: bool = False

@@ -22,7 +22,7 @@ from loftq_cli.jobs import WeightJob
 from loftq_cli.journal import REPORT_FILE
 from loftq_cli.lowrank import full_precision
 from loftq_cli.plan import Plan
-from loftq_cli.quantizers.base import Quantizer, dequantize
+from loftq_cli.quantizers.base import Quantizer, dequantize, fitted
 
 WIDTHS = (2, 3, 4, 8)
 PACKED = FORMATS["packed"]
@@ -76,7 +76,7 @@ def control(plan: Plan, limit: int | None = None) -> dict[str, Any]:
 
 def measure(plan: Plan, job: WeightJob, bits: int, W: Tensor) -> Width:
     """`W` (float32 [m, n]), the weight of `job`, at `bits`."""
-    quantizer = make_rounding(plan, job, bits)
+    quantizer = fitted(make_rounding(plan, job, bits), W)
     made = to_store(PACKED, job.place, quantizer.empty(*job.shape))
     error = _square(W - dequantize(quantizer.quantize(W)).view_as(W))
     return Width(bits, sum(tensor.nbytes for tensor in made.values()), error)

@@ -17,7 +17,7 @@ Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8. \\[default: 4]", r
 Quantizer = Annotated[
     str | None,
     typer.Option(
-        help="uniform, uniform-symmetric; or a codebook: nf (NormalFloat), nf-search, lloyd. "
+        help="uniform, uniform-symmetric; or a codebook: nf (NormalFloat), nf-search, lloyd, lloyd-fit. "
         "\\[default: lloyd in packed, nf at 4 bits but for cloq and apiq, else uniform]",
         rich_help_panel=QUANTIZATION,
     ),

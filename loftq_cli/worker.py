@@ -28,8 +28,8 @@ from loftq_cli.methods import (
 )
 from loftq_cli.methods.trained import Fit
 from loftq_cli.plan import Plan
+from loftq_cli.quantizers.base import fitted, unstack
 from loftq_cli.quantizers.base import residual as residual_of
-from loftq_cli.quantizers.base import unstack
 from loftq_cli.stopwatch import Stopwatch
 
 
@@ -184,7 +184,8 @@ def decompose(
     config = plan.config
     name = config.init or config.method
     seeds = [seed_for(config.seed, job.tensor) for job in batch.jobs]
-    quantizer = plan.make_quantizer(batch.first)
+    with watch("quantize"):
+        quantizer = fitted(plan.make_quantizer(batch.first), weights.flatten(0, 1))
     rank = batch.first.rank
     if rank == 0 and (inputs is None or name != "cloq"):  # whose rounding sees text, too
         return without_factors(weights, quantizer, timed=watch)

@@ -30,7 +30,7 @@ NAME, SOURCE = "perplexity", "source"
 DATA = Path(__file__).parent / "data"
 TEXTS = {"Wikipedia": DATA / "wikipedia_eval.txt", "Austen": DATA / "austen_persuasion.txt"}
 UNIFORM = "--quantizer uniform --format dense"  # dense, so that every arm is computed in the same way
-LLOYD = "--quantizer lloyd --format dense"
+LLOYD, LLOYD_FIT = "--quantizer lloyd --format dense", "--quantizer lloyd-fit --format dense"
 ARMS = {  # name → what it adds to `loftq quantize`
     "qlora-nf": "--method qlora --quantizer nf --format dense",
     "loftq-nf": "--method loftq --quantizer nf --format dense",  # LoftQ as published
@@ -48,8 +48,10 @@ ARMS = {  # name → what it adds to `loftq quantize`
     "cloq-finish": f"--method cloq --finish-epochs 4 {UNIFORM}",
     "apiq-bw-finish": f"--method apiq-bw --finish-epochs 4 {UNIFORM}",
     "cloq-lloyd": f"--method cloq {LLOYD}",
+    "cloq-lloyd-fit": f"--method cloq {LLOYD_FIT}",
     "apiq-bw-lloyd": f"--method apiq-bw {LLOYD}",
     "apiq-bw-finish-lloyd": f"--method apiq-bw --finish-epochs 4 {LLOYD}",
+    "apiq-bw-finish-lloyd-fit": f"--method apiq-bw --finish-epochs 4 {LLOYD_FIT}",
 }
 WITHOUT_TEXT = ("loftq", "qlora")  # every other method is calibrated
 COLUMNS = {  # an untuned 2-bit model can be thousands of times worse, so digits are counted, not decimals

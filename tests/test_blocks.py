@@ -381,7 +381,7 @@ def test_training_lowers_what_it_trains_on(
     ("quantizer", "more"),
     [
         ("lloyd", {"format": "packed"}),
-        ("lloyd", {"format": "packed", "double_quant": True}),
+        ("lloyd-fit", {"format": "packed", "double_quant": True}),
         ("nf-search", {"bits": 3, "group_size": 40}),  # the last group of a row is short
         ("nf", {"format": "bnb", "bits": 4, "double_quant": True}),
     ],

@@ -23,6 +23,7 @@ from loftq_cli.quantizers import (
     Uniform,
     dequantize,
 )
+from loftq_cli.quantizers.base import fitted
 from loftq_cli.quantizers.codebook import LLOYD, encode, search
 from loftq_cli.quantizers.normal_float import normal_float_codebook
 
@@ -82,12 +83,15 @@ def test_error_on_gaussian_weights(bits: int, bounds: tuple[float, float, float]
 def test_the_readme_states_these_errors() -> None:
     W = gaussian(2048, 256, seed=5)
     text = (Path(__file__).parents[1] / "README.md").read_text()
+    tails = torch.from_numpy(np.random.RandomState(5).standard_t(3, W.shape)).float()
     table = text[text.index("### Codebooks") : text.index("### `packed`")]
     rows = re.findall(r"^\| `([a-z][\w-]*)` \| (.*) \|$", table, re.MULTILINE)
-    assert [name for name, _ in rows] == ["nf", "nf-search", "uniform", "lloyd"]
+    assert [name for name, _ in rows] == ["nf", "nf-search", "uniform", "lloyd", "lloyd-fit"]
     for name, figures in rows:
-        for bits, figure in zip((2, 3, 4), figures.split(" | "), strict=True):
-            assert share(QUANTIZERS[name](bits, 64), W) == pytest.approx(float(figure), rel=0.01), (name, bits)
+        cases = [(weight, bits) for weight in (W, tails) for bits in (2, 3, 4)]
+        for (weight, bits), figure in zip(cases, figures.split(" | "), strict=True):
+            error = share(fitted(QUANTIZERS[name](bits, 64), weight), weight)
+            assert error == pytest.approx(float(figure), rel=0.01), (name, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -26,7 +26,7 @@ def loftq(*arguments: object) -> Result:
     "options",
     [
         {"bits": 2, "quantizer": "uniform"},
-        {"bits": 2, "quantizer": "lloyd", "double_quant": True},
+        {"bits": 2, "quantizer": "lloyd-fit", "double_quant": True},
         {"bits": 3, "quantizer": "nf", "bits_for": {"*.down_proj": 4}},
         {"bits": 4, "rank": 3, "method": "qlora", "quantizer": "uniform-symmetric", "format": "dense"},
     ],

@@ -15,8 +15,9 @@ from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.config import GRIDS, QuantizeConfig
 from loftq_cli.jobs import WeightBatch
 from loftq_cli.pipeline import plan_quantize
-from loftq_cli.quantizers import QUANTIZERS, Uniform, UniformSymmetric, uniform
-from loftq_cli.quantizers.base import dequantize
+from loftq_cli.quantizers import QUANTIZERS, LloydFit, Uniform, UniformSymmetric, uniform
+from loftq_cli.quantizers.base import dequantize, fitted
+from loftq_cli.quantizers.codebook import LLOYD
 from loftq_cli.report import pooled
 from loftq_cli.verify import verify
 from loftq_cli.worker import WeightRow, quantize_batch
@@ -40,6 +41,21 @@ def test_codes_equal_those_of_the_cpu_except_ties(quantizer: str, bits: int) -> 
     assert same > 0.998  # ties: two scales that serve a group equally well
     errors = [(W - dequantize(q).cpu()).norm() / W.norm() for q in (here, there)]
     assert errors[0].item() == pytest.approx(errors[1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_fitted_there_are_those_of_the_cpu(bits: int) -> None:
+    W = torch.distributions.StudentT(3.0).sample((384, 512)) * 0.02
+    here, there = fitted(LloydFit(bits, 64), W), fitted(LloydFit(bits, 64), W.cuda())
+    levels = [quantizer.codebook(W.cuda().device).cpu() for quantizer in (here, there)]
+    assert (levels[0] - levels[1]).abs().max() < 2e-3  # ties of scales
+    assert levels[0].tolist() != list(LLOYD[bits])
+    errors = [(W - dequantize(q.quantize(W.to(d))).cpu()).norm() for q, d in ((here, "cpu"), (there, "cuda"))]
+    assert errors[0].item() == pytest.approx(errors[1].item(), rel=3e-4)
+    again = fitted(LloydFit(bits, 64), W.cuda())
+    assert again.levels() == there.levels()
+    same = (here.quantize(W).codes == there.quantize(W.cuda()).codes.cpu()).double().mean().item()
+    assert same > 0.99
 
 
 @pytest.mark.parametrize("g", [32, 64, 100, 576, 4096])
@@ -80,7 +96,9 @@ def test_errors_agree_with_the_cpu(tiny_llama: Path, method: str, bits: int, for
         assert errors[0] == pytest.approx(errors[1], abs=1e-4 if method == "qlora" else 5e-4)
 
 
-@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4}, {"bits": 2, "quantizer": "nf"}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 2}, {"bits": 4}, {"bits": 2, "quantizer": "nf"}, {"bits": 2, "quantizer": "lloyd-fit"}]
+)
 def test_a_run_on_the_gpu_verifies_and_repeats(sharded_llama: Path, tmp_path: Path, options: dict[str, object]) -> None:
     reports = [quantize(sharded_llama, tmp_path / str(number), rank=4, device="cuda", **options) for number in range(2)]
     assert reports[0]["files"] == reports[1]["files"]

@@ -18,7 +18,7 @@ from loftq_cli.merge import merge
 from tests.conftest import save_llama
 
 FORMATS = [("bnb", "nf", 4), ("gptq", "uniform", 2), ("compressed-tensors", "uniform-symmetric", 3)]
-FORMATS += [("packed", "lloyd", 2), ("dense", "uniform", 3)]
+FORMATS += [("packed", "lloyd-fit", 2), ("dense", "uniform", 3)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ COMBINATIONS = [
     ("compressed-tensors", "uniform-symmetric", 2),
     ("compressed-tensors", "uniform-symmetric", 8),
     ("packed", "lloyd", 2),
-    ("packed", "lloyd", 3),
+    ("packed", "lloyd-fit", 3),
     ("packed", "nf-search", 4),
     ("packed", "nf", 2),
     ("packed", "uniform", 8),

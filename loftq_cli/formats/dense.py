@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 name = "dense"
 requirements: tuple[str, ...] = ()
-quantizers: tuple[str, ...] = ("uniform", "uniform-symmetric", "nf", "nf-search", "lloyd")
+quantizers: tuple[str, ...] = ("uniform", "uniform-symmetric", "nf", "nf-search", "lloyd", "lloyd-fit")
 load_notes: tuple[str, ...] = ()
 keeps_layers = True
 

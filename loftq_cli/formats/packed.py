@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 name = "packed"
 requirements: tuple[str, ...] = ()
-quantizers: tuple[str, ...] = ("lloyd", "nf-search", "nf", "uniform", "uniform-symmetric")
+quantizers: tuple[str, ...] = ("lloyd", "lloyd-fit", "nf-search", "nf", "uniform", "uniform-symmetric")
 load_imports: tuple[str, ...] = ("loftq_cli.runtime",)
 load_notes: tuple[str, ...] = (
     "either `import loftq_cli.runtime`, which is of loftq itself (`pip install -e .` in its source folder), or load "

@@ -11,6 +11,7 @@ from loftq_cli.quantizers.base import (
     unstack,
 )
 from loftq_cli.quantizers.codebook import Lloyd, NormalFloatSearch
+from loftq_cli.quantizers.lloyd_fit import LloydFit
 from loftq_cli.quantizers.nested import NestedScale
 from loftq_cli.quantizers.normal_float import NormalFloat
 from loftq_cli.quantizers.uniform import Uniform, UniformSymmetric
@@ -21,11 +22,13 @@ QUANTIZERS: dict[str, type] = {
     "nf": NormalFloat,
     "nf-search": NormalFloatSearch,
     "lloyd": Lloyd,
+    "lloyd-fit": LloydFit,
 }
 
 __all__ = [
     "QUANTIZERS",
     "Lloyd",
+    "LloydFit",
     "NestedScale",
     "NormalFloat",
     "NormalFloatSearch",

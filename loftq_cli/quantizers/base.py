@@ -137,6 +137,12 @@ def quantize_residual(
     return quantized, residual(W.reshape(-1, n), quantized).view(W.shape)
 
 
+def fitted(quantizer: Quantizer, W: Tensor) -> Quantizer:
+    """The quantizer for the weight `W` [m, n], of any float dtype: of one with a method `fitted`, what that returns."""
+    made: Quantizer = quantizer.fitted(W) if hasattr(quantizer, "fitted") else quantizer
+    return made
+
+
 def in_rows(quantizer: Quantizer, n: int) -> bool:
     """Whether groups of a weight of `n` inputs lie each in one row."""
     like = quantizer.empty(1, n)
@@ -161,7 +167,8 @@ def feedback_to_levels(
 def stackable(quantizer: Quantizer, m: int, n: int) -> bool:
     """Whether weights [m, n] can be quantized one on top of the other, each to what it would become alone."""
     like = quantizer.empty(m, n)
-    return like.nested is None and (like.scale.ndim == 2 or m * n % like.group_size == 0)
+    alike = like.nested is None and not hasattr(quantizer, "fitted")  # nothing is of the weight as a whole
+    return alike and (like.scale.ndim == 2 or m * n % like.group_size == 0)
 
 
 def unstack(quantized: QuantizedWeight, batch: int) -> list[QuantizedWeight]:

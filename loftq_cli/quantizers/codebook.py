@@ -61,13 +61,13 @@ class SearchedCodebook(ABC):
         """Quantize `W` [m, n]. A group whose scale is beyond fp16 dequantizes to inf or NaN, never to a silent clip."""
         result, nested = self._allocate(W.shape[0], W.shape[1], W.device), None
         g, levels = result.group_size, self.levels()
-        for rows, _, groups, w in _pieces(W, g):
+        for rows, _, groups, w in pieces(W, g):
             scale = result.scale[rows, groups]
             scale.copy_(search(w, levels).view(scale.shape))
         if self.double_quant:
             nested = nest(result.scale.view(-1))
             result.scale.view(-1).copy_(unnest(nested))
-        for rows, columns, groups, w in _pieces(W, g):
+        for rows, columns, groups, w in pieces(W, g):
             codes = result.codes[rows, columns]
             codes.copy_(encode(w, result.scale[rows, groups].reshape(-1), levels).view(codes.shape))
         return replace(result, codebook=self.codebook(W.device), nested=nested)
@@ -187,7 +187,7 @@ def _nearest(
         out.add_(torch.gt(x, middle, out=scratch), alpha=values[i + 1] - values[i])
 
 
-def _pieces(W: Tensor, g: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+def pieces(W: Tensor, g: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Rows, columns and groups of what is computed at once, and its groups, float32 [G, g]: a short last one apart."""
     m, n = W.shape
     whole = n // g * g
