@@ -258,7 +258,8 @@ def remove_outputs(out: Path) -> None:
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for folder in {(out / name).parent for name in names} - {out}:
+    folders = {out / folder for name in names for folder in Path(name).parents} - {out}
+    for folder in sorted(folders, key=lambda path: -len(path.parts)):  # what lies in others first
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -273,7 +274,9 @@ def is_ours(out: Path, name: object) -> bool:
     """Whether a name can be that of a file which loftq writes: it does not lead out of `out`."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
-    return (out / name).parent.resolve() in (out.resolve(), out.resolve() / "loftq_init")
+    if any(part.startswith(".") for part in Path(name).parts[:-1]):  # `.git`, say, of a folder that is a repo
+        return False
+    return (out / name).parent.resolve().is_relative_to(out.resolve())
 
 
 def finished_identity(out: Path) -> Identity | None:

@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, joined
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import to_store
+from loftq_cli.journal import REPORT_FILE, is_ours
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
 from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
 from loftq_cli.verify import check_adapter, check_tensors, read_report
@@ -47,6 +48,8 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
         raise LoftqError(violations[0], f"see `loftq verify {out}`")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
+    if outside := [name for name in report["side_files"] if not is_ours(out, name)]:
+        raise LoftqError(f"`{out / REPORT_FILE}` names `{outside[0]}`, which is not in the folder")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
     factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
@@ -108,7 +111,7 @@ def _order(row: dict[str, Any]) -> int:
 
 def _write_surroundings(out: Path, dest: Path, report: dict[str, Any], weight_map: dict[str, str]) -> None:
     for name in report["side_files"]:
-        copy_file(out / Path(name).name, dest / Path(name).name)  # at the top, whatever the report says
+        copy_file(out / name, dest / name)
     if (out / INDEX_FILE).exists():
         headers = {name: read_header(dest / name, name) for name in set(weight_map.values())}
         total = sum(info.nbytes for header in headers.values() for info in header.tensors.values())
