@@ -45,8 +45,25 @@ def interruptible(hint: str) -> Iterator[None]:
     """Say of what is interrupted inside how it goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not was_interrupted(error):
+            raise
         raise Interrupted("interrupted; what has arrived is kept", hint) from None
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: what imports a library, or cleans up, may tell of it as its own failure."""
+    behind: list[BaseException | None] = [error]
+    seen = set[int]()
+    while behind:
+        one = behind.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        seen.add(id(one))
+        behind += [one.__cause__, one.__context__]
+    return False
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
