@@ -116,6 +116,15 @@ def _turned(output: Format, transposed: bool) -> bool:
     return transposed and getattr(output, "keeps_layers", False)
 
 
+def why_not_tables(plan: Plan) -> str | None:
+    """Why a format for the linear layers of a model alone cannot hold `plan`, or None."""
+    if plan.quantizes_head:
+        return "output heads are quantized in `packed` and `dense`"
+    if any(job.embedding for job in plan.jobs):
+        return "embeddings are quantized in `packed` and `dense`"
+    return None
+
+
 def load_imports(output: Format) -> tuple[str, ...]:
     """What must be imported to load the format."""
     return getattr(output, "load_imports", ())
