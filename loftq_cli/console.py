@@ -33,7 +33,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from loftq_cli.errors import Interrupted, LoftqError, was_interrupted
+from loftq_cli.errors import Interrupted, LoftqError, permission_hint, was_interrupted
 
 LINE_SECONDS = 30  # between lines of progress in a log
 RETRY_SECONDS = 0.05  # after Ctrl-C that came while something is imported
@@ -215,7 +215,9 @@ def _told(error: BaseException, interrupted: bool) -> LoftqError:
     if interrupted or was_interrupted(error):
         return Interrupted("interrupted")
     if isinstance(error, LoftqError):
+        error.hint = error.hint or permission_hint(error.__cause__)
         return error
     if isinstance(error, OSError):
-        return LoftqError(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
+        what = f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
+        return LoftqError(what, permission_hint(error))
     return LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shlex
 import sys
@@ -64,6 +65,18 @@ def was_interrupted(error: BaseException) -> bool:
         seen.add(id(one))
         behind += [one.__cause__, one.__context__]
     return False
+
+
+def permission_hint(error: BaseException | None) -> str:
+    """What to do where the operating system does not let this user read or write; of other errors nothing."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ""
+    if error.errno == errno.EROFS or error.filename is None:
+        return "choose another folder, which you may write to"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    there = next(one for one in (path, *path.parents) if os.access(one, os.F_OK) or one == Path(one.anchor))
+    allow = shlex.join(["chmod", "u+rwX", str(there)])
+    return f"choose another folder, or let the owner of `{there}` give you access (if that is you: `{allow}`)"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

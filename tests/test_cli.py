@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -127,6 +129,39 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = loftq("quantize", tmp_path / "absent", tmp_path / "out")
     assert result.exit_code == 1
     assert "absent" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "path"),
+    [
+        ("mkdir", "out/.loftq"),
+        ("iterdir", "model"),
+        ("is_dir", "model"),
+        ("open", "model/model.safetensors"),
+        ("read_bytes", "model/config.json"),
+    ],
+)
+def test_what_one_may_not_read_or_write_is_named_with_a_way_out(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, path: str
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    plain = getattr(Path, where)
+
+    def denied(self: Path, *arguments: object, **options: object) -> object:
+        if self == tmp_path / path:  # root may do anything, so chmod would not do
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, where, denied)
+    result = loftq("quantize", *FAST, "--format=dense", model, tmp_path / "out")
+    assert result.exit_code == 1
+    said = result.stderr.replace("\n", " ")
+    assert "Permission denied" in said
+    assert f"`{tmp_path / path}`" in said
+    there = tmp_path / path if path.startswith("model") else tmp_path
+    assert f"choose another folder, or let the owner of `{there}` give you access" in said
+    assert f"`chmod u+rwX {there}`" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -67,7 +67,7 @@ def json_value(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise LoftqError(f"`{path.name}` is not JSON: {error}", "download or copy it again") from None
     except OSError as error:
-        raise LoftqError(f"cannot read `{path.name}`: {error.strerror or error}") from error
+        raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
 def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header], path: Callable[[str], Path]) -> str:
