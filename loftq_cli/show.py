@@ -185,8 +185,7 @@ def push(
     parcel = _packed(output, out, repo_id, revision)
     if dry_run:
         output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
-        rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
-        rows.append(("all", f"{parcel.total_bytes:,}"))
+        rows = [(name, f"{count:,}") for name, count in [*parcel.files.items(), ("all", parcel.total_bytes)]]
         output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
         return
     with interruptible("the same command goes on: what is there is not sent again"):
@@ -245,10 +244,11 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
         verdict = verification.verify(out, source, advance)
     violations = [*verdict.violations, *(f"`{name}` is no longer the source's" for name in verdict.edited)]
     output.data({**asdict(verdict), "ok": not violations})
-    for violation in violations[:SHOWN]:
+    shown = 4 if verdict.other_source else SHOWN  # of what then is said of every weight
+    for violation in violations[:shown]:
         output.result(f"✗ {violation}")
-    if len(violations) > SHOWN:
-        output.result(f"✗ and {len(violations) - SHOWN} more (`--json` has them all)")
+    if len(violations) > shown:
+        output.result(f"✗ and {len(violations) - shown} more (`--json` has them all)")
     if violations:
         return False
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")

@@ -33,7 +33,7 @@ class Verdict:
     """What `verify` found. `violations` name the file or tensor; `weights` is how many errors were recomputed.
 
     `edited` are tokenizer files and the like that are no longer the source's: nothing here is measured on them, and a
-    user may have meant it.
+    user may have meant it. `other_source`: violations may come of a source that is another model.
     """
 
     files: int
@@ -41,6 +41,7 @@ class Verdict:
     relative_error: float | None
     violations: tuple[str, ...]
     edited: tuple[str, ...]
+    other_source: bool = False
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -84,9 +85,13 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     rows: list[tuple[float, float]] = []
     if not violations:  # errors recomputed from files that are known to be wrong would tell nothing
         rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
-    if violations and checkpoint.fingerprint != report["source"]["fingerprint"]:
-        violations.insert(0, f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
-    return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited)
+    other = bool(violations) and checkpoint.fingerprint != report["source"]["fingerprint"]
+    if other:
+        at = f" at {report['source']['revision']}" if report["source"]["revision"] else ""
+        made_from = f"`{report['source']['model']}`{at}"
+        why = "its fingerprint differs; give that, or what follows may say no more than that it is another model"
+        violations.insert(0, f"`{source}` is not the checkpoint this was made from, {made_from}: {why}")
+    return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited, other)
 
 
 def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
