@@ -14,7 +14,7 @@ import typer
 
 from loftq_cli import __version__, lean, options
 from loftq_cli.console import speaking
-from loftq_cli.errors import ConfigError, Interrupted, again, was_interrupted
+from loftq_cli.errors import ConfigError, Interrupted, again, interruptible, was_interrupted
 
 EPILOG = """
 [bold]Examples[/]
@@ -247,7 +247,8 @@ def merge(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Write a plain checkpoint with the adapter folded into the dequantized weights, one weight at a time."""
-    with speaking(json, quiet, verbose) as output:
+    hint, state = "the same command begins anew", "nothing of it is left"
+    with speaking(json, quiet, verbose) as output, _terminable(), interruptible(hint, state):
         from loftq_cli import show
 
         show.merge(output, out, dest)

@@ -42,14 +42,14 @@ class Interrupted(LoftqError):
 
 
 @contextmanager
-def interruptible(hint: str) -> Iterator[None]:
-    """Say of what is interrupted inside how it goes on."""
+def interruptible(hint: str, state: str = "what has arrived is kept") -> Iterator[None]:
+    """Say of what is interrupted inside what is left of it, and how it goes on."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if not was_interrupted(error):
             raise
-        raise Interrupted("interrupted; what has arrived is kept", hint) from None
+        raise Interrupted(f"interrupted; {state}", hint) from None
 
 
 def was_interrupted(error: BaseException) -> bool:

@@ -74,8 +74,10 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     its adapter_config.json states, and the error against the source must be the one in the report.
     """
     report = read_report(out)
-    violations = check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
-    violations += _check_all_tensors(out, report)
+    violations = check_adapter(out, report) + check_files(out, report)  # what explains most comes first
+    extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
+    violations += [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+    violations += check_all_tensors(out, report)
     violations += _check_totals(report) + _check_chart(out, report)
     count, edited = len(report["files"]) + len(report["side_files"]), _edited(out, report)
     if source is None:
@@ -94,7 +96,8 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited, other)
 
 
-def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
+def check_files(out: Path, report: dict[str, Any]) -> list[str]:
+    """The files of base and adapter have the hashes in the report, and the others are there."""
     violations = []
     for name, expected in report["files"].items():
         path = out / name
@@ -102,9 +105,7 @@ def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
             violations.append(f"`{name}` is missing")
         elif (actual := hash_file(path)) != expected:
             violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
-    extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
-    violations += [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
-    return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+    return violations + [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
 
 
 def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
@@ -113,7 +114,7 @@ def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in there if hash_file(out / name) != report["side_files"][name])
 
 
-def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
+def check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
     """Every stored tensor of a quantized weight, and its factors, must be what was computed for it."""
     violations = []
     infos: dict[str, TensorInfo] = {}
