@@ -13,7 +13,7 @@ from rich.filesize import decimal as size
 
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
-from loftq_cli.card import with_perplexity
+from loftq_cli.card import load_notes, with_perplexity
 from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
@@ -22,7 +22,6 @@ from loftq_cli.console import Out
 from loftq_cli.control import sentence
 from loftq_cli.errors import LoftqError, again, interruptible
 from loftq_cli.evaluate import evaluate
-from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.page import PAGE, page
 from loftq_cli.pipeline import plan_quantize
@@ -138,7 +137,7 @@ def report(
     if control := report.get("control"):
         output.result(sentence(control, totals["relative_error"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
-    notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
+    notes = "".join(f"\n  {note}" for note in load_notes(report))
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
     without_text = config["quantize_head"] or config["quantize_embeddings"]  # of which other methods make nothing
     if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED and not without_text:
