@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loftq_cli.config import CALIBRATED
+from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CHART_FILE
 from loftq_cli.plan import Plan
 from loftq_cli.report import (
@@ -74,7 +75,7 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     told = [sentence for sentence in (about_experts(report), trained(report)) if sentence]
     more = "".join(f"{sentence[0].upper()}{sentence[1:]}.\n\n" for sentence in told)
     load = "\n".join(load_lines(report, PLACEHOLDER))
-    notes = "".join(f"- {note}\n" for note in plan.format.load_notes)
+    notes = "".join(f"- {note}\n" for note in load_notes(report))
     fingerprint = base_fingerprint({k: v for k, v in report["files"].items() if not k.startswith("loftq_init/")})
     matter = yaml.safe_dump(front_matter(plan), sort_keys=False, allow_unicode=True)
     sources = "\n".join(f"- {line}" for line in _sources(config))
@@ -123,6 +124,12 @@ The header of `adapter_model.safetensors` names the base by its hash, `{fingerpr
 
 {sources}
 """
+
+
+def load_notes(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What who loads it must know: also of the loader's code, where that travels along."""
+    output = FORMATS[report["config"]["format"]]
+    return (*(getattr(output, "remote_notes", ()) if report["load"].get("remote_code") else ()), *output.load_notes)
 
 
 def front_matter(plan: Plan) -> dict[str, Any]:

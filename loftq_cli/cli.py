@@ -14,7 +14,7 @@ import typer
 
 from loftq_cli import __version__, lean, options
 from loftq_cli.console import speaking
-from loftq_cli.errors import ConfigError, Interrupted, again
+from loftq_cli.errors import ConfigError, Interrupted, again, interruptible, was_interrupted
 
 EPILOG = """
 [bold]Examples[/]
@@ -52,11 +52,13 @@ def main() -> None:
         app()
     except SystemExit as end:
         device = sys.modules.get("loftq_cli.device")
-        if isinstance(end.code, int) and device is not None and device.is_waking():
+        waking = device is not None and device.is_waking()  # nothing is left to do, and its context takes 0.3 s to end
+        # of Ctrl-C in a library's `exec`, Python remembers that nobody had handled it, and would die of it after all
+        if isinstance(end.code, int) and (waking or end.code == Interrupted.exit_code):
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            os._exit(end.code)  # nothing is left to do, and a GPU's context takes a third of a second to take apart
+            os._exit(end.code)
         raise
 
 
@@ -179,7 +181,9 @@ def quantize(
                     plan, out, resume=resume, overwrite=overwrite, progress=advance, ranks=ranks, note=output.note,
                     before=lambda: show.prepare_push(output, push_to_hub, private),
                 )  # fmt: skip
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt) as error:
+            if not (output.interrupted or was_interrupted(error)):
+                raise
             kept = (out / ".loftq").exists()
             raise Interrupted(
                 "interrupted; what is done is kept" if kept else "interrupted before anything was done",
@@ -243,7 +247,8 @@ def merge(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Write a plain checkpoint with the adapter folded into the dequantized weights, one weight at a time."""
-    with speaking(json, quiet, verbose) as output:
+    hint, state = "the same command begins anew", "nothing of it is left"
+    with speaking(json, quiet, verbose) as output, _terminable(), interruptible(hint, state):
         from loftq_cli import show
 
         show.merge(output, out, dest)

@@ -95,7 +95,7 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"`quantizer` {self.quantizer} has 2, 3 or 4 bits; use `uniform` for 8")
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
-        quantizer = self.default_quantizer()
+        quantizer = "uniform" if self.double_quant and 8 in widths else self.default_quantizer()
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
@@ -141,7 +141,10 @@ class QuantizeConfig(BaseModel):
         return self.model_copy(update=update)
 
     def default_quantizer(self) -> str:
-        """The quantizer asked for, else what suits the format: `nf` or `uniform` where any would do."""
+        """The quantizer asked for, else what suits the format: `nf` or `uniform` where any would do.
+
+        Of a codebook, it is that of what has less than 8 bits.
+        """
         if self.quantizer is not None:
             return self.quantizer
         if self.format == "compressed-tensors":
@@ -150,10 +153,11 @@ class QuantizeConfig(BaseModel):
         if self.format == "bnb" and widths == {4}:
             return "nf"
         if self.format == "packed" or (self.format == "auto" and self.double_quant and widths != {4}):
-            return "uniform" if 8 in widths else "lloyd"
+            return "uniform" if widths == {8} else "lloyd"
         if self.method == "cloq" or self.is_trained:
             return "uniform"
-        return "nf" if widths == {4} and self.format in ("auto", "dense") else "uniform"
+        takes_nf = widths == {4} if self.format == "auto" else self.format == "dense" and widths - {8} == {4}
+        return "nf" if takes_nf else "uniform"
 
 
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> QuantizeConfig:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -29,9 +33,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from loftq_cli.errors import Interrupted, LoftqError
+from loftq_cli.errors import Interrupted, LoftqError, permission_hint, was_interrupted
 
 LINE_SECONDS = 30  # between lines of progress in a log
+RETRY_SECONDS = 0.05  # after Ctrl-C that came while something is imported
 SIGNED = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # an address with a query: a signature is as good as a token
 TABLE_WIDTH = 140  # where stdout is no terminal, so that tables in logs and files are not cut
 
@@ -49,10 +54,12 @@ class Out:
         quiet: no notes and no progress.
         verbose: 0, 1 (details), 2 (tracebacks).
         silent: errors only; for all ranks of a run but the first.
+        interrupted: Ctrl-C has come, whatever has become of it.
     """
 
     def __init__(self, json: bool = False, quiet: bool = False, verbose: int = 0, silent: bool = False) -> None:
         self.json, self.quiet, self.verbose, self.silent = json, quiet or silent, verbose, silent
+        self.interrupted = False
         self.stdout = Console(soft_wrap=True, width=None if sys.stdout.isatty() else TABLE_WIDTH)
         self.stderr = Console(stderr=True, soft_wrap=True)
 
@@ -115,6 +122,8 @@ class Out:
 
             def advance(name: str, size: int) -> None:
                 nonlocal done, told
+                if self.interrupted:  # and that was lost, as in a callback of Python's own
+                    raise KeyboardInterrupt
                 done += size
                 bar.update(task, advance=size, module="".join(c for c in name if c.isprintable()))
                 if not hidden:
@@ -141,20 +150,74 @@ def speaking(json_only: bool, quiet: bool, verbose: int, silent: bool = False) -
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
     output = Out(json=json_only, quiet=quiet, verbose=verbose, silent=silent)
     try:
-        yield output
+        with _noticing_interrupts(output):
+            yield output
     except typer.Exit:  # a RuntimeError: must not be taken for a failure below
         raise
-    except LoftqError as error:
-        failure = error
-    except KeyboardInterrupt:
-        failure = Interrupted("interrupted")
-    except OSError as error:
-        failure = LoftqError(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
-    except Exception as error:
-        failure = LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _told(error, output.interrupted)
     else:
         return
     if verbose >= 2:
         sys.stderr.write(SIGNED.sub(r"\1?…", traceback.format_exc()))
     output.error(failure)
     raise typer.Exit(failure.exit_code)
+
+
+@contextmanager
+def _noticing_interrupts(output: Out) -> Iterator[None]:
+    """Have `output` know of Ctrl-C, which libraries turn into failures of their own, or lose.
+
+    While something is imported it waits, unless it comes again: in the middle of torch's import it is an abort.
+    """
+    retried, over = threading.Event(), threading.Event()
+
+    def retry() -> None:
+        if not over.is_set():
+            retried.set()
+            _thread.interrupt_main()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        insisting = output.interrupted and not retried.is_set()
+        output.interrupted = True
+        retried.clear()
+        if insisting or not _imports(frame):
+            signal.default_int_handler(number, frame)
+        later = threading.Timer(RETRY_SECONDS, retry)
+        later.daemon = True
+        later.start()
+
+    ours = threading.current_thread() is threading.main_thread()  # others may not
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether what runs there is part of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _told(error: BaseException, interrupted: bool) -> LoftqError:
+    """What to tell of an error."""
+    if isinstance(error, Interrupted):
+        return error
+    if interrupted or was_interrupted(error):
+        return Interrupted("interrupted")
+    if isinstance(error, LoftqError):
+        error.hint = error.hint or permission_hint(error.__cause__)
+        return error
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
+        return LoftqError(what, permission_hint(error))
+    return LoftqError(f"unexpected {type(error).__name__}: {error}", "run again with `-vv` for the traceback")

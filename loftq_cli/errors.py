@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shlex
 import sys
@@ -41,12 +42,41 @@ class Interrupted(LoftqError):
 
 
 @contextmanager
-def interruptible(hint: str) -> Iterator[None]:
-    """Say of what is interrupted inside how it goes on."""
+def interruptible(hint: str, state: str = "what has arrived is kept") -> Iterator[None]:
+    """Say of what is interrupted inside what is left of it, and how it goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; what has arrived is kept", hint) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if not was_interrupted(error):
+            raise
+        raise Interrupted(f"interrupted; {state}", hint) from None
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: what imports a library, or cleans up, may tell of it as its own failure."""
+    behind: list[BaseException | None] = [error]
+    seen = set[int]()
+    while behind:
+        one = behind.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        seen.add(id(one))
+        behind += [one.__cause__, one.__context__]
+    return False
+
+
+def permission_hint(error: BaseException | None) -> str:
+    """What to do where the operating system does not let this user read or write; of other errors nothing."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ""
+    if error.errno == errno.EROFS or error.filename is None:
+        return "choose another folder, which you may write to"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    there = next(one for one in (path, *path.parents) if os.access(one, os.F_OK) or one == Path(one.anchor))
+    allow = shlex.join(["chmod", "u+rwX", str(there)])
+    return f"choose another folder, or let the owner of `{there}` give you access (if that is you: `{allow}`)"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from loftq_cli.checkpoint.reader import lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.config import CALIBRATED, QuantizeConfig
+from loftq_cli.config import CALIBRATED, GRIDS, QuantizeConfig
 from loftq_cli.errors import LoftqError, did_you_mean
 from loftq_cli.experts import FLOATS, ExpertSlot
 from loftq_cli.formats import peft_adapter
@@ -128,7 +128,7 @@ def apply_skips(targets: Targets, globs: Iterable[str]) -> tuple[dict[str, str],
             raise _no_match("--skip", glob, targets.linears.values())
         for tensor in matched:
             module = linears.pop(tensor)
-            if tensor not in targets.experts:  # which are no layers that a loader could replace
+            if tensor not in targets.experts and tensor not in targets.embeddings:  # no layers that loaders replace
                 skipped_linears.append(module)
             skipped[whole_name(tensor)] = f"`--skip {glob}`"
     _refuse_parts(linears, skipped)
@@ -184,7 +184,8 @@ def make_jobs(
         info = lookup(checkpoint.tensors, tensor)
         assert info is not None
         m, n = reversed(info.shape) if tensor in targets.transposed else info.shape
-        matching = [bits for glob, bits in config.bits_for.items() if module in selected[glob]]
+        rules = (bits for glob, bits in config.bits_for.items() if module in selected[glob])
+        bits = [config.bits, *rules][-1]  # the last rule wins, as in a .gitignore
         expert = targets.experts.get(tensor)
         takes_adapter = config.experts_adapter or (expert is None and module not in targets.retargeted)
         block = BLOCK.match(module) if expert is None else None
@@ -197,9 +198,9 @@ def make_jobs(
                 shape=(m, n),
                 stored_dtype=info.dtype,
                 dtype=_loaded_dtype(info.dtype, checkpoint.config),
-                bits=matching[-1] if matching else config.bits,  # the last rule wins, as in a .gitignore
+                bits=bits,
                 group_size=config.group_size,
-                quantizer=config.quantizer,
+                quantizer=config.quantizer if bits < 8 or config.quantizer in GRIDS else "uniform",
                 block=block[0] if block else None,
                 rank=config.rank if takes_adapter else 0,
                 transposed=tensor in targets.transposed,
@@ -294,7 +295,5 @@ def _name(jobs: list[WeightJob]) -> str:
 
 def reasons(skipped: dict[str, str]) -> str:
     """Count skipped tensors by reason, in a sentence."""
-    counts: dict[str, int] = {}
-    for reason in skipped.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    return "tensors left alone: " + ", ".join(f"{count} × {reason}" for reason, count in counts.items())
+    counts = Counter(skipped.values()).items()
+    return "tensors left alone: " + ", ".join(f"{count} × {reason}" for reason, count in counts)

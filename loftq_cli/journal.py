@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
@@ -251,14 +251,19 @@ def remove_outputs(out: Path) -> None:
     report = read_json(out / REPORT_FILE)
     header = read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
     listed = [*(header[0]["planned"] if header else []), *(written_files(report) if "files" in report else [])]
-    # a report may come from anywhere: no name of its may lead out of the folder
-    names = [name for name in listed if is_ours(out, name)]
-    for name in names:
-        (out / name).unlink(missing_ok=True)
+    remove_files(out, listed)
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for folder in {(out / name).parent for name in names} - {out}:
+
+
+def remove_files(out: Path, listed: Iterable[str]) -> None:
+    """Remove files of `out`, and folders in it that are empty then; names may come from anywhere: none leads out."""
+    names = [name for name in listed if is_ours(out, name)]
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    folders = {out / folder for name in names for folder in Path(name).parents} - {out}
+    for folder in sorted(folders, key=lambda path: -len(path.parts)):  # what lies in others first
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -273,7 +278,9 @@ def is_ours(out: Path, name: object) -> bool:
     """Whether a name can be that of a file which loftq writes: it does not lead out of `out`."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
-    return (out / name).parent.resolve() in (out.resolve(), out.resolve() / "loftq_init")
+    if any(part.startswith(".") for part in Path(name).parts[:-1]):  # `.git`, say, of a folder that is a repo
+        return False
+    return (out / name).parent.resolve().is_relative_to(out.resolve())
 
 
 def finished_identity(out: Path) -> Identity | None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from loftq_cli.checkpoint.files import copy_file, write_file
+from loftq_cli.checkpoint.files import copy_file, read_json, write_file
 from loftq_cli.checkpoint.reader import Header, lookup, read_chunks, read_header, whole_name
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, joined
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import to_store
+from loftq_cli.journal import REPORT_FILE, is_ours, remove_files
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
 from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
-from loftq_cli.verify import check_adapter, check_tensors, read_report
+from loftq_cli.verify import check_adapter, check_all_tensors, check_files, check_tensors, read_report
+
+WORK_FOLDER, NAMES_FILE = ".loftq-merge", "names.json"  # in DEST, until it is whole
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,79 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
     Weights have the dtype that they were quantized for (config.json's, where it is narrower than the source file's);
     all else is copied. config.json comes last, so that what is not whole does not load.
 
+    Whatever stops it, nothing of it stays in `dest`; what a killed one has left there is removed by the next.
+
     Raises:
-        LoftqError: `out` is not a finished output whose adapter belongs to its base, or a tensor of it is not what was
+        LoftqError: `out` is not a finished output whose adapter belongs to its base, or a file of it is not what was
             written, or `dest` is not empty.
     """
     report = read_report(out)
-    if violations := check_adapter(out, report):
-        raise LoftqError(violations[0], f"see `loftq verify {out}`")
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
+    if outside := [name for name in report["side_files"] if not is_ours(out, name)]:
+        raise LoftqError(f"`{out / REPORT_FILE}` names `{outside[0]}`, which is not in the folder")
+    violations = check_adapter(out, report)
+    if not violations and (violations := check_files(out, report)):
+        violations = check_all_tensors(out, report) or violations  # of a file that differs, the tensor if it is known
+    if violations:
+        hint = "make it again with `loftq quantize --overwrite`, or download it again"
+        raise LoftqError(violations[0], f"see `loftq verify {out}`; {hint}")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
+    with _claimed(dest, [*shards, *report["side_files"], INDEX_FILE, "config.json"]):
+        weight_map = _write_shards(out, dest, report, shards, progress)
+        _write_surroundings(out, dest, report, weight_map)
+    return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
+
+
+@contextmanager
+def _claimed(dest: Path, names: list[str]) -> Iterator[None]:
+    """Take `dest` for this process, to write files of these names there; where that fails, none of them stays.
+
+    What a killed merge has left is removed first: it noted the names.
+
+    Raises:
+        LoftqError: `dest` holds something else, or another merge is at it.
+    """
+    work = dest / WORK_FOLDER
+    begun, created = work.is_dir(), not dest.exists()
+    if dest.exists() and (not dest.is_dir() or (not begun and any(dest.iterdir()))):
+        raise _not_empty(dest)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LoftqError(f"another merge is writing to `{dest}`", "wait for it, or choose another DEST") from None
+    whole = False
+    try:
+        left = read_json(work / NAMES_FILE).get("names", [])
+        remove_files(dest, [f"{name}{end}" for name in left for end in ("", ".tmp")])
+        if [path for path in dest.iterdir() if path != work]:
+            names = []  # there may be others of theirs
+            raise _not_empty(dest)
+        write_file(work / NAMES_FILE, json.dumps({"names": names}).encode())
+        yield
+        whole = True
+    finally:
+        if not whole:
+            remove_files(dest, [f"{name}{end}" for name in names for end in ("", ".tmp")])
+        shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
+        if created and not any(dest.iterdir()):
+            dest.rmdir()
+        lock.release()
+
+
+def _not_empty(dest: Path) -> LoftqError:
+    return LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
+
+
+def _write_shards(
+    out: Path,
+    dest: Path,
+    report: dict[str, Any],
+    shards: dict[str, Header],
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, str]:
+    """Write every shard, one weight at a time; returns which tensor is in which."""
     factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     weight_map: dict[str, str] = {}
     output = FORMATS[report["config"]["format"]]
@@ -81,8 +149,7 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
         finally:
             writer.close()
         weight_map |= {spec.name: name for spec in layout}
-    _write_surroundings(out, dest, report, weight_map)
-    return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
+    return weight_map
 
 
 def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, factors: Factors) -> Tensor:
@@ -108,7 +175,7 @@ def _order(row: dict[str, Any]) -> int:
 
 def _write_surroundings(out: Path, dest: Path, report: dict[str, Any], weight_map: dict[str, str]) -> None:
     for name in report["side_files"]:
-        copy_file(out / Path(name).name, dest / Path(name).name)  # at the top, whatever the report says
+        copy_file(out / name, dest / name)
     if (out / INDEX_FILE).exists():
         headers = {name: read_header(dest / name, name) for name in set(weight_map.values())}
         total = sum(info.nbytes for header in headers.values() for info in header.tensors.values())

@@ -138,6 +138,11 @@ class Plan:
         return self.config.method != "apiq-bw" or self.config.init in ("qera", "cloq")
 
     @property
+    def quantizes_head(self) -> bool:
+        """Whether the output head is among what is quantized."""
+        return self.targets.output_head is not None and any(j.tensor == self.targets.output_head[0] for j in self.jobs)
+
+    @property
     def scaling(self) -> float:
         """LoRA's."""
         assert self.config.alpha is not None, "a plan has decided it"
@@ -253,6 +258,12 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             raise error
         if problem := plan.format.why_not(plan):
             raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", other_formats(build))
+    if any(job.quantizer != plan.config.quantizer for job in plan.jobs):
+        notes.append(f"what has 8 bits is `uniform`, for `{plan.config.quantizer}` has 2, 3 or 4")
+    if config.quantize_head and not plan.quantizes_head:
+        notes.append("`--quantize-head` does nothing: `--skip` leaves the output head out")
+    if config.quantize_embeddings and not any(job.embedding for job in plan.jobs):
+        notes.append("`--quantize-embeddings` does nothing: `--skip` leaves all of them out")
     return _with_shards(plan, tuple(notes))
 
 

@@ -13,7 +13,7 @@ from rich.filesize import decimal as size
 
 from loftq_cli import push as pushing
 from loftq_cli import verify as verification
-from loftq_cli.card import with_perplexity
+from loftq_cli.card import load_notes, with_perplexity
 from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import whole_name
 from loftq_cli.checkpoint.source import open_checkpoint
@@ -22,7 +22,6 @@ from loftq_cli.console import Out
 from loftq_cli.control import sentence
 from loftq_cli.errors import LoftqError, again, interruptible
 from loftq_cli.evaluate import evaluate
-from loftq_cli.formats import FORMATS
 from loftq_cli.journal import CARD_FILE, REPORT_FILE, WORK_FOLDER
 from loftq_cli.page import PAGE, page
 from loftq_cli.pipeline import plan_quantize
@@ -138,7 +137,7 @@ def report(
     if control := report.get("control"):
         output.result(sentence(control, totals["relative_error"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
-    notes = "".join(f"\n  {note}" for note in FORMATS[config["format"]].load_notes)
+    notes = "".join(f"\n  {note}" for note in load_notes(report))
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")
     without_text = config["quantize_head"] or config["quantize_embeddings"]  # of which other methods make nothing
     if source is not None and config["bits"] == 2 and config["method"] not in CALIBRATED and not without_text:
@@ -185,8 +184,7 @@ def push(
     parcel = _packed(output, out, repo_id, revision)
     if dry_run:
         output.data({"repo_id": repo_id, "revision": revision, "files": parcel.files, "bytes": parcel.total_bytes})
-        rows = [(name, f"{count:,}") for name, count in parcel.files.items()]
-        rows.append(("all", f"{parcel.total_bytes:,}"))
+        rows = [(name, f"{count:,}") for name, count in [*parcel.files.items(), ("all", parcel.total_bytes)]]
         output.table(f"{out} → {repo_id}", (("file", "left"), ("bytes", "right")), rows, total=1)
         return
     with interruptible("the same command goes on: what is there is not sent again"):
@@ -245,10 +243,11 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
         verdict = verification.verify(out, source, advance)
     violations = [*verdict.violations, *(f"`{name}` is no longer the source's" for name in verdict.edited)]
     output.data({**asdict(verdict), "ok": not violations})
-    for violation in violations[:SHOWN]:
+    shown = 4 if verdict.other_source else SHOWN  # of what then is said of every weight
+    for violation in violations[:shown]:
         output.result(f"✗ {violation}")
-    if len(violations) > SHOWN:
-        output.result(f"✗ and {len(violations) - SHOWN} more (`--json` has them all)")
+    if len(violations) > shown:
+        output.result(f"✗ and {len(violations) - shown} more (`--json` has them all)")
     if violations:
         return False
     output.result(f"✓ {verdict.files} files have the hashes in `{REPORT_FILE}`; the adapter belongs to this base")

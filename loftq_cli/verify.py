@@ -33,7 +33,7 @@ class Verdict:
     """What `verify` found. `violations` name the file or tensor; `weights` is how many errors were recomputed.
 
     `edited` are tokenizer files and the like that are no longer the source's: nothing here is measured on them, and a
-    user may have meant it.
+    user may have meant it. `other_source`: violations may come of a source that is another model.
     """
 
     files: int
@@ -41,6 +41,7 @@ class Verdict:
     relative_error: float | None
     violations: tuple[str, ...]
     edited: tuple[str, ...]
+    other_source: bool = False
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -73,8 +74,10 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     its adapter_config.json states, and the error against the source must be the one in the report.
     """
     report = read_report(out)
-    violations = check_adapter(out, report) + _check_files(out, report)  # what explains most comes first
-    violations += _check_all_tensors(out, report)
+    violations = check_adapter(out, report) + check_files(out, report)  # what explains most comes first
+    extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
+    violations += [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+    violations += check_all_tensors(out, report)
     violations += _check_totals(report) + _check_chart(out, report)
     count, edited = len(report["files"]) + len(report["side_files"]), _edited(out, report)
     if source is None:
@@ -84,12 +87,17 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
     rows: list[tuple[float, float]] = []
     if not violations:  # errors recomputed from files that are known to be wrong would tell nothing
         rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
-    if violations and checkpoint.fingerprint != report["source"]["fingerprint"]:
-        violations.insert(0, f"`{source}` is not the checkpoint this was made from: its fingerprint differs")
-    return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited)
+    other = bool(violations) and checkpoint.fingerprint != report["source"]["fingerprint"]
+    if other:
+        at = f" at {report['source']['revision']}" if report["source"]["revision"] else ""
+        made_from = f"`{report['source']['model']}`{at}"
+        why = "its fingerprint differs; give that, or what follows may say no more than that it is another model"
+        violations.insert(0, f"`{source}` is not the checkpoint this was made from, {made_from}: {why}")
+    return Verdict(count, len(rows), pooled(rows) if rows else None, tuple(violations), edited, other)
 
 
-def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
+def check_files(out: Path, report: dict[str, Any]) -> list[str]:
+    """The files of base and adapter have the hashes in the report, and the others are there."""
     violations = []
     for name, expected in report["files"].items():
         path = out / name
@@ -97,9 +105,7 @@ def _check_files(out: Path, report: dict[str, Any]) -> list[str]:
             violations.append(f"`{name}` is missing")
         elif (actual := hash_file(path)) != expected:
             violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
-    extra = {path.name for path in out.glob("*.safetensors")} - set(report["files"])
-    violations += [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
-    return violations + [f"`{name}` is not part of what loftq wrote" for name in sorted(extra)]
+    return violations + [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
 
 
 def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
@@ -108,7 +114,7 @@ def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in there if hash_file(out / name) != report["side_files"][name])
 
 
-def _check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
+def check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:
     """Every stored tensor of a quantized weight, and its factors, must be what was computed for it."""
     violations = []
     infos: dict[str, TensorInfo] = {}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from loftq_cli import __version__
+from loftq_cli import __version__, pipeline
 from loftq_cli.cli import app
 from loftq_cli.config import QuantizeConfig, load_config
-from loftq_cli.errors import again
+from loftq_cli.errors import LoftqError, again, was_interrupted
 from tests.test_eval import save_tokenizer
 
 FAST = ["--bits=2", "--rank=4", "--iters=1", "--device=cpu"]
@@ -126,12 +132,121 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "path"),
+    [
+        ("mkdir", "out/.loftq"),
+        ("iterdir", "model"),
+        ("is_dir", "model"),
+        ("open", "model/model.safetensors"),
+        ("read_bytes", "model/config.json"),
+    ],
+)
+def test_what_one_may_not_read_or_write_is_named_with_a_way_out(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, path: str
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    plain = getattr(Path, where)
+
+    def denied(self: Path, *arguments: object, **options: object) -> object:
+        if self == tmp_path / path:  # root may do anything, so chmod would not do
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, where, denied)
+    result = loftq("quantize", *FAST, "--format=dense", model, tmp_path / "out")
+    assert result.exit_code == 1
+    said = result.stderr.replace("\n", " ")
+    assert "Permission denied" in said
+    assert f"`{tmp_path / path}`" in said
+    there = tmp_path / path if path.startswith("model") else tmp_path
+    assert f"choose another folder, or let the owner of `{there}` give you access" in said
+    assert f"`chmod u+rwX {there}`" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_traceback_only_with_vv(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loftq_cli", "verify", str(tmp_path)]
     assert "Traceback" not in subprocess.run([*command, "-v"], capture_output=True, text=True).stderr
     loud = subprocess.run([*command, "-vv"], capture_output=True, text=True)
     assert loud.returncode == 1
     assert "Traceback" in loud.stderr
+
+
+def test_ctrl_c_that_a_library_tells_as_its_own_failure(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first second it comes while torch and transformers are imported, which say what they think of that."""
+
+    def as_cause() -> None:
+        raise ImportError("cannot import name `x`") from KeyboardInterrupt()
+
+    def as_context() -> None:
+        try:
+            as_cause()
+        except ImportError:
+            raise RuntimeError("Failed to import a model") from None
+
+    def while_cleaning_up() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise LoftqError("cannot write `x`")
+
+    def without_a_trace() -> None:
+        error = ImportError("cannot import name `x`")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    command = ["quantize", *FAST, "--format=dense", tiny_llama, tmp_path / "out"]
+    for fail in (as_cause, as_context, while_cleaning_up, without_a_trace):
+        for where in ("loftq_cli.pipeline.plan_quantize", "loftq_cli.pipeline.run_plan"):
+            with monkeypatch.context() as patch:
+                patch.setattr(where, lambda *_, fail=fail, **__: fail())
+                result = loftq(*command)
+            assert result.exit_code == 130, result.stderr
+            assert "error: interrupted" in result.stderr
+            assert "import" not in result.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    loop = ImportError("of itself")
+    loop.__context__ = RuntimeError("in a circle")
+    loop.__context__.__context__ = loop
+    assert not was_interrupted(loop)
+
+
+def test_ctrl_c_that_python_loses_ends_the_run_all_the_same(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*arguments: object, **options: object) -> object:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return plan_quantize(*arguments, **options)
+
+    plan_quantize = pipeline.plan_quantize
+    monkeypatch.setattr(pipeline, "plan_quantize", lost)
+    result = loftq("quantize", *FAST, "--format=dense", tiny_llama, tmp_path / "out")
+    assert result.exit_code == 130, result.stderr
+    assert "interrupted; what is done is kept" in result.stderr
+
+
+def test_ctrl_c_waits_for_the_end_of_an_import(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of torch's, it is an abort."""
+    (tmp_path / "delicate.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nended = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = []
+
+    def planning(*_: object, **__: object) -> None:
+        ended.append(importlib.import_module("delicate").ended)
+        time.sleep(20)
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(pipeline, "plan_quantize", planning)
+    result = loftq("quantize", *FAST, tiny_llama, tmp_path / "out")
+    assert ended == [True]
+    assert result.exit_code == 130, result.stderr
 
 
 def test_names_in_a_checkpoint_cannot_speak_to_the_terminal() -> None:

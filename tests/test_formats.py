@@ -146,10 +146,9 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             alpha=2.0 * RANK,
             rslora=False,
             double_quant=double_quant,
-            quantize_head=False,
-            quantize_embeddings=False,
             experts_adapter=False,
         ),
+        quantizes_head=False,
         block_paths=("model.layers",),
     )
 
@@ -485,6 +484,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "transposed": False,
         "rank": RANK,
         "expert": None,
+        "embedding": False,
     }
     named = [SimpleNamespace(**{**plain, **job}) for job in jobs]
     for job in named:
@@ -495,9 +495,8 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "skipped_linears": ("lm_head",),
         "targets": SimpleNamespace(**{name: overrides.pop(name, value) for name, value in TARGETS.items()}),
         "block_paths": tuple(paths),
-        "config": SimpleNamespace(
-            double_quant=False, quantize_head=False, quantize_embeddings=False, experts_adapter=False
-        ),
+        "config": SimpleNamespace(double_quant=False, experts_adapter=False),
+        "quantizes_head": False,
     }
     return SimpleNamespace(**{**fields, **overrides})
 

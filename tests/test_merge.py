@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from loftq_cli import merge as merging
 from loftq_cli import quantize
+from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 from loftq_cli.merge import merge
@@ -113,3 +119,98 @@ def test_what_cannot_be_merged_is_refused(tiny_llama: Path, tmp_path: Path) -> N
     with pytest.raises(LoftqError, match="`lora_alpha` is 8, written was 4"):
         merge(out, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(sharded_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merge") / "out"
+    quantize(sharded_llama, out, device="cpu", bits=2, rank=4, iters=1, format="packed")
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.0.mlp.up_proj.codes", None])
+def test_a_base_that_was_changed_since_is_not_merged(finished: Path, tmp_path: Path, tensor: str | None) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    name, position = "config.json", 5
+    if tensor is not None:
+        headers = {path.name: read_header(path).tensors for path in out.glob("*.safetensors")}
+        name = next(file for file, infos in headers.items() if tensor in infos)
+        position = headers[name][tensor].offset
+    damaged = bytearray((out / name).read_bytes())
+    damaged[position] ^= 1
+    (out / name).write_bytes(damaged)
+    with pytest.raises(LoftqError) as refused:
+        merge(out, tmp_path / "dest")
+    assert f"`{name}`" in refused.value.message
+    assert tensor is None or "codes" not in tensor or f"`{tensor}`" in refused.value.message
+    assert "loftq verify" in refused.value.hint
+    assert "--overwrite" in refused.value.hint
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_interrupted_it_leaves_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    dest = tmp_path / "dest"
+    if given:
+        dest.mkdir()
+    told: list[str] = []
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        told.append("one")
+        if len(told) == 9:  # in the second shard
+            signal.raise_signal(signal.SIGINT)
+        return plain(*arguments)
+
+    plain = merging._merged
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_merged", interrupt)
+        result = CliRunner().invoke(app, ["merge", str(finished), str(dest)])
+    assert result.exit_code == 130, result.output
+    assert "interrupted; nothing of it is left" in result.stderr
+    assert "the same command begins anew" in result.stderr
+    assert dest.exists() == given
+    assert not given or not any(dest.iterdir())
+    assert CliRunner().invoke(app, ["merge", str(finished), str(dest)]).exit_code == 0
+
+
+def test_what_a_killed_one_left_is_removed(finished: Path, tmp_path: Path) -> None:
+    merge(finished, tmp_path / "whole")
+    dest = tmp_path / "dest"
+    code = f"""
+import os
+from pathlib import Path
+from loftq_cli.merge import merge
+told = []
+def progress(*_):
+    told.append(1)
+    if len(told) == 9:
+        os.kill(os.getpid(), 9)
+merge(Path({str(finished)!r}), Path({str(dest)!r}), progress)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    left = contents(dest)
+    assert [name for name in left if name.endswith(".safetensors")]
+    assert [name for name in left if name.endswith(".safetensors.tmp")]
+
+    (dest / "mine").write_text("mine")
+    other = Path(shutil.copytree(dest, tmp_path / "other"))
+    with pytest.raises(LoftqError, match="is not empty"):
+        merge(finished, other)
+    assert contents(other) == {"mine": b"mine"}
+    (dest / "mine").unlink()
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(LoftqError, match="another merge is writing"):
+            merge(finished, dest)
+        refused.append(True)
+
+    refused: list[bool] = []
+    merge(finished, dest, meanwhile)
+    assert refused
+    assert contents(dest) == contents(tmp_path / "whole")

@@ -76,6 +76,46 @@ def test_a_head_that_cannot_be_quantized(tiny_llama: Path, tmp_path: Path) -> No
     assert plan(tiny_llama, rank=4, bits=2, quantize_head=True).config.format == "packed"
 
 
+def test_what_is_skipped_after_all_leaves_the_format_to_the_rest(tiny_llama: Path) -> None:
+    for flag, glob in (("quantize_head", "lm_head"), ("quantize_embeddings", "*.embed_tokens")):
+        found = plan(tiny_llama, rank=4, skip=(glob,), **{flag: True})
+        without = plan(tiny_llama, rank=4)
+        assert found.config.format == "bnb"
+        assert (found.jobs, set(found.skipped_linears)) == (without.jobs, set(without.skipped_linears))
+        said = f"`--{flag.replace('_', '-')}` does nothing"
+        assert [note for note in found.notes if note.startswith(said)]
+        for format in ("gptq", "compressed-tensors"):
+            assert plan(tiny_llama, rank=4, skip=(glob,), format=format, **{flag: True}).config.format == format
+        quantized = plan(tiny_llama, rank=4, **{flag: True})
+        assert quantized.config.format == "packed"
+        assert not [note for note in quantized.notes if "does nothing" in note]
+
+
+def test_weights_at_8_bits_take_no_codebook_from_the_others(tiny_llama: Path, tmp_path: Path) -> None:
+    import loftq_cli.runtime  # noqa: F401
+    from loftq_cli import quantize
+    from loftq_cli.report import load_lines
+    from loftq_cli.verify import verify
+
+    options = {"bits": 2, "bits_for": {"*.0.mlp.down_proj": 8}, "rank": 4}
+    assert any("what has 8 bits is `uniform`" in note for note in plan(tiny_llama, **options).notes)
+    assert not any("what has 8 bits" in note for note in plan(tiny_llama, rank=4, bits=8).notes)
+    report = quantize(tiny_llama, tmp_path / "out", device="cpu", **options)
+    kinds = {row["name"]: (row["bits"], row["quantizer"]) for row in report["weights"]}
+    assert kinds.pop("model.layers.0.mlp.down_proj") == (8, "uniform")
+    assert set(kinds.values()) == {(2, "lloyd")}
+    assert verify(tmp_path / "out", str(tiny_llama)).violations == ()
+
+    names: dict[str, Any] = {}
+    exec("\n".join(load_lines(report, str(tmp_path / "out"))), names)
+    source = load_file(tiny_llama / "model.safetensors")
+    for row in report["weights"]:
+        layer = names["model"].base_model.model.get_submodule(row["name"])
+        loaded = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+        W = source[row["tensor"]].double()
+        assert ((W - loaded).norm() / W.norm()).item() == pytest.approx(row["relative_error"], rel=1e-3)
+
+
 def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "tied", tie_word_embeddings=True)
     found = plan(model, bits=2, rank=4)
@@ -103,6 +143,7 @@ def test_tied_head_is_not_in_the_file_and_not_quantized(tmp_path: Path) -> None:
         ({"bits": 4, "format": "gptq"}, "gptq", "uniform"),
         ({"bits": 2, "bits_for": {"*.down_proj": 4}}, "packed", "lloyd"),
         ({"bits": 4, "bits_for": {"*.down_proj": 2}}, "packed", "lloyd"),
+        ({"bits": 4, "bits_for": {"*.down_proj": 8}, "format": "dense"}, "dense", "nf"),
     ],
 )
 def test_defaults(tiny_llama: Path, options: dict[str, object], format: str, quantizer: str) -> None:
@@ -250,6 +291,7 @@ def test_packed_stores_two_bits_and_little_more(tiny_llama: Path, options: dict[
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
         ({"quantizer": "lloyd", "bits_for": {"*.down_proj": 8}}, "lloyd has 2, 3 or 4 bits"),
         ({"double_quant": True, "quantizer": "uniform"}, "`--double-quant` quantizes the scales"),
+        ({"double_quant": True, "bits_for": {"*.down_proj": 8}}, "`--double-quant` quantizes the scales"),
         ({"double_quant": True, "bits": 2, "format": "gptq"}, "gptq has no 8-bit scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),

@@ -70,6 +70,8 @@ def test_the_adapter_brings_embeddings_nearer(
     if options["bits"] == 4:
         pytest.importorskip("bitsandbytes")  # whose format is the default
     report = quantize(ENCODER, tmp_path / "out", alpha=32, device="cpu", **options)  # any alpha will do
+    for file in ("modules.json", "1_Pooling/config.json"):  # without which Sentence Transformers would pool otherwise
+        assert (tmp_path / "out" / file).read_bytes() == (ENCODER / file).read_bytes()
     verdict = verify(tmp_path / "out", str(ENCODER))
     assert verdict.violations == ()
     # six of each of six blocks; the pooler, which no embedding passes through, lies outside of them

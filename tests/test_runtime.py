@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loftq_cli import quantize
+from loftq_cli.card import load_notes
 from loftq_cli.runtime import PackedConfig, PackedEmbedding, PackedLinear, Scheme
 from tests.conftest import save_llama
 
@@ -293,7 +294,13 @@ def test_the_card_says_what_to_import(outputs: tuple[Path, Path]) -> None:
     lines = packed[packed.index("```python") :].splitlines()
     assert lines[1] == "import loftq_cli.runtime"
     assert "random numbers" in packed
-    assert "pip install -e ." in packed
+    notes = [line for line in packed[packed.index("```python") :].splitlines() if line.startswith("- ")]
+    assert "`trust_remote_code=True` runs the copy of loftq's loader in this folder" in notes[0]
+    assert (outputs[0] / "modeling_loftq_packed.py").exists()
+    # who finds it on the Hub has no folder of loftq's about them
+    assert "`pip install -e .` in the folder that holds loftq's own `pyproject.toml`" in notes[1]
+    own_code = {"config": {"format": "packed"}, "load": {"remote_code": False}}  # with which no copy travels
+    assert [f"- {note}" for note in load_notes(own_code)] == notes[1:3]
     assert "pip install transformers peft\n" in packed  # loftq is on no index
     assert "loftq_cli.runtime" not in dense
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from loftq_cli import quantize
@@ -140,6 +141,31 @@ def test_missing_and_extra_files(out: Path) -> None:
 def test_another_source(out: Path, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", vocab_size=500)
     found(out, "not the checkpoint", source=other)
+
+
+def test_of_another_model_little_is_shown(out: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: tensor + 0.01 * ("_proj" in name) for name, tensor in weights.items()},
+        other / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    command = ["verify", str(out), "--source", str(other)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5
+    assert f"`{other}` is not the checkpoint this was made from, `{tiny_llama}`" in lines[0]
+    assert "another model" in lines[0]
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert told["other_source"]
+    assert lines[-1] == f"✗ and {len(told['violations']) - 4} more (`--json` has them all)"
+    assert {line.split("`")[1] for line in told["violations"][1:]} == {name for name in weights if "_proj" in name}
+
+    damaged = out / "model.safetensors"  # of what is damaged all is shown, as the source is the right one
+    flip(damaged, read_header(damaged).tensors["model.embed_tokens.weight"].offset)
+    assert not verify(out, str(tiny_llama)).other_source
 
 
 def test_a_changed_copy_with_a_report_that_agrees(out: Path, tiny_llama: Path) -> None:

@@ -54,15 +54,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds one object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise LoftqError(f"`{path.name}` is not JSON: {error}", "download or copy it again") from None
-    except OSError as error:
-        raise LoftqError(f"cannot read `{path.name}`: {error.strerror or error}") from error
+    content = json_value(path)
     if not isinstance(content, dict):
         raise LoftqError(f"`{path.name}` is not a JSON object", "download or copy it again")
     return content
+
+
+def json_value(path: Path) -> Any:
+    """The content of a JSON file."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoftqError(f"`{path.name}` is not JSON: {error}", "download or copy it again") from None
+    except OSError as error:
+        raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
 def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header], path: Callable[[str], Path]) -> str:

@@ -19,11 +19,16 @@ _FIRST_RANGE_BYTES = 100_000  # holds nearly every header whole: one request a s
 
 @dataclass(frozen=True)
 class HubCommit:
-    """One commit of a model on the Hub."""
+    """One commit of a model on the Hub: its files at the top by their bytes, and those in folders, `2_Dense/a.json`."""
 
     model: str
     revision: str
     sizes: dict[str, int]
+    nested: dict[str, int]
+
+    def files_in(self, folder: str) -> list[str]:
+        """The files in one folder, and in folders in that."""
+        return [file for file in self.nested if file.startswith(f"{folder}/")]
 
     def path(self, file: str) -> Path:
         """The path of one file in the cache, downloaded if need be."""
@@ -33,7 +38,7 @@ class HubCommit:
         """The path of one file, downloaded if need be: in the cache, or else, given a `folder`, in that."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        with hub_errors(self.model, self.revision, self.sizes.get(file, 0)):
+        with hub_errors(self.model, self.revision, (self.sizes | self.nested).get(file, 0)):
             cached = try_to_load_from_cache(self.model, file, revision=self.revision) if folder else None
             if isinstance(cached, str):
                 return Path(cached)
@@ -70,11 +75,12 @@ def find_on_hub(model: str, revision: str | None) -> HubCommit | Path:
             info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=timeout)
         except OfflineModeIsEnabled:
             return _find_in_cache(model, revision)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
+        files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        sizes = {file: size for file, size in files.items() if "/" not in file}
         if "config.json" in sizes:
             # by branch name, so that the cache learns which commit the branch is at and later works offline
             hf_hub_download(model, "config.json", revision=revision)
-    return HubCommit(model, str(info.sha), sizes)
+    return HubCommit(model, str(info.sha), sizes, {file: size for file, size in files.items() if "/" in file})
 
 
 def _find_in_cache(model: str, revision: str | None) -> Path:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.files import fingerprint, json_object, near_folders
+from loftq_cli.checkpoint.files import fingerprint, json_object, json_value, near_folders
 from loftq_cli.checkpoint.fp8 import fold_scales
 from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id
 from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header
 from loftq_cli.checkpoint.selection import (
+    MODULES,
     check_index,
+    choose_module_files,
     choose_side_files,
     choose_weights,
     gguf_refusal,
+    module_folders,
     pickled_header,
     refuse_quantized,
 )
@@ -40,7 +43,8 @@ class Checkpoint:
         tensors: all tensors by name, in the order of file and offset.
         file_sizes: bytes of every file at the top of the checkpoint, by name.
         index: the content of model.safetensors.index.json, if there is one.
-        side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code.
+        side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code, and what
+            lies in the folders that a `modules.json` names.
         metadata: the `__metadata__` of each safetensors file.
         fingerprint: sha256 over config.json, all headers, the sizes and the commit; no tensor is read for it.
         stored_in: the files that go by another name: name → the file's own.
@@ -86,6 +90,11 @@ class Folder:
     revision: str | None
     sizes: dict[str, int]
 
+    def files_in(self, folder: str) -> list[str]:
+        """The files in one folder of it, and in folders in that."""
+        paths = (self.folder / folder).rglob("*")
+        return [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
+
     def path(self, file: str) -> Path:
         """The path of one file, which must not lead out of the folder."""
         path, folder = self.folder / file, self.folder.resolve()
@@ -122,7 +131,11 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         headers = dict(zip(files, pool.map(header, files), strict=True))
     if index is not None:
         check_index(index, headers)
-    side_files = choose_side_files(place.sizes, "auto_map" in config)
+    has_code = "auto_map" in config
+    side_files = choose_side_files(place.sizes, has_code)
+    if MODULES in place.sizes:
+        inside = [file for folder in module_folders(json_value(place.path(MODULES))) for file in place.files_in(folder)]
+        side_files += choose_module_files(set(inside), has_code)
     if isinstance(place, Folder):
         for name in side_files:
             place.path(name)  # a link out of the folder is refused now, not after hours of work

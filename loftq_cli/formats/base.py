@@ -32,8 +32,8 @@ class Format(Protocol):
 
     It may also have `load_imports` (modules that must be imported to load it), `keeps_layers` (true where the loaded
     model has the source's own layers, not others in their place), `scale_dtype` (what the scales of `nf`
-    are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`, and `remote_code(plan)`,
-    which makes a `RemoteCode`, or None.
+    are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`, `remote_code(plan)`,
+    which makes a `RemoteCode`, or None, and `remote_notes`, more `load_notes` where it has made one.
     """
 
     name: str
@@ -114,6 +114,15 @@ def from_store(output: Format, place: Place, tensors: dict[str, Tensor], like: Q
 
 def _turned(output: Format, transposed: bool) -> bool:
     return transposed and getattr(output, "keeps_layers", False)
+
+
+def why_not_tables(plan: Plan) -> str | None:
+    """Why a format for the linear layers of a model alone cannot hold `plan`, or None."""
+    if plan.quantizes_head:
+        return "output heads are quantized in `packed` and `dense`"
+    if any(job.embedding for job in plan.jobs):
+        return "embeddings are quantized in `packed` and `dense`"
+    return None
 
 
 def load_imports(output: Format) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import stored
+from loftq_cli.formats.base import stored, why_not_tables
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 from loftq_cli.quantizers.nested import NESTED_BLOCK, NestedScale, unnest
 from loftq_cli.quantizers.packing import pack_nibbles, unpack_nibbles
@@ -41,10 +41,8 @@ OFFSET_CHARACTERS = 24  # the longest that JSON writes a float64
 
 def why_not(plan: Plan) -> str | None:
     """Refuse what bitsandbytes has no NF4 for, and module names that its loader would mix up."""
-    if plan.config.quantize_head:
-        return "output heads are quantized in `packed` and `dense`"
-    if plan.config.quantize_embeddings:
-        return "embeddings are quantized in `packed` and `dense`"
+    if problem := why_not_tables(plan):
+        return problem
     if expert := next((job for job in plan.jobs if job.expert is not None), None):
         return f"its loader would leave experts in 16 bits (`{expert.module}`)"
     for job in plan.jobs:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import SLICE, stored
+from loftq_cli.formats.base import SLICE, stored, why_not_tables
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 from loftq_cli.quantizers.packing import pack, unpack
 
@@ -37,10 +37,8 @@ def why_not(plan: Plan) -> str | None:
     With `dequantize` it applies the first scheme of the config to every layer: a second bit width loads as garbage, and
     silently so if the first is the smaller. And it drops what is not packed from the experts that it fuses.
     """
-    if plan.config.quantize_head:
-        return "output heads are quantized in `packed` and `dense`"
-    if plan.config.quantize_embeddings:
-        return "embeddings are quantized in `packed` and `dense`"
+    if problem := why_not_tables(plan):
+        return problem
     if plan.config.experts_adapter:
         return "experts get an adapter in `dense` alone"
     if plan.targets.has_fused_experts and (problem := _why_not_experts(plan)):

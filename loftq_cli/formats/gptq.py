@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import stored
+from loftq_cli.formats.base import stored, why_not_tables
 from loftq_cli.quantizers.base import QuantizedWeight, dequantize
 from loftq_cli.quantizers.packing import pack, unpack
 
@@ -45,11 +45,7 @@ BLOCK_PATHS = (
 
 def why_not(plan: Plan) -> str | None:
     """Refuse what optimum and GPTQModel would not load, or would load as something else."""
-    if plan.config.quantize_head:
-        return "output heads are quantized in `packed` and `dense`"
-    if plan.config.quantize_embeddings:
-        return "embeddings are quantized in `packed` and `dense`"
-    return _why_not_model(plan) or _why_not_jobs(plan)
+    return why_not_tables(plan) or _why_not_model(plan) or _why_not_jobs(plan)
 
 
 def _why_not_model(plan: Plan) -> str | None:

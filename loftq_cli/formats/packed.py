@@ -40,10 +40,14 @@ name = "packed"
 requirements: tuple[str, ...] = ()
 quantizers: tuple[str, ...] = ("lloyd", "lloyd-fit", "nf-search", "nf", "uniform", "uniform-symmetric")
 load_imports: tuple[str, ...] = ("loftq_cli.runtime",)
+remote_notes: tuple[str, ...] = (
+    "`trust_remote_code=True` runs the copy of loftq's loader in this folder: then loftq need not be installed",
+)
 load_notes: tuple[str, ...] = (
-    "either `import loftq_cli.runtime`, which is of loftq itself (`pip install -e .` in its source folder), or load "
-    "with `trust_remote_code=True`, which runs the copy of it in this folder",
-    "with neither, transformers says that it does not know `loftq_packed` and fills the layers with random numbers",
+    "`import loftq_cli.runtime` is of loftq itself, which is installed from its source: `pip install -e .` in the "
+    "folder that holds loftq's own `pyproject.toml`",
+    "without such a loader, transformers says that it does not know `loftq_packed` and fills the layers with random "
+    "numbers",
 )
 scale_dtype = torch.float16
 
