@@ -176,8 +176,9 @@ class Results:
                 for metric, column, factor, digits in shown:
                     row[column] = spread([run["test"][metric] for run in runs], factor, digits)
                 rates.append(f"{runs[0]['lr']:g}" if runs else "–")
-                theirs = full[base["rank"]]
-                if task == "austen" and runs and {run["seed"] for run in runs} == {run["seed"] for run in theirs}:
+                seeds = {run["seed"] for run in runs}
+                theirs = [run for run in full[base["rank"]] if run["seed"] in seeds]
+                if task == "austen" and runs and len(theirs) == len(runs):
                     ours, bar = (mean_of(run["test"]["perplexity"] for run in of) for of in (runs, theirs))
                     row["× 16-bit"] = f"{ours / bar:.3f}" if ours and bar else None
             row["learning rates"] = ", ".join(rates)
