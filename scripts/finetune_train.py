@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,20 @@ class Tuned:
         if self.model.active_adapter != self.names[number]:
             self.model.set_adapter(self.names[number])
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Inside, matrices multiply in the base's dtype: where that is not float32, PEFT makes inputs so in vain."""
         import torch
+        from peft.helpers import disable_input_dtype_casting
 
         if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)  # a graph must not hold cached casts
+            yield
+            return
+        rounded = torch.autocast(
+            self.device.type, self.dtype, cache_enabled=False
+        )  # a graph must not hold cached casts
+        with disable_input_dtype_casting(self.model), rounded:
+            yield
 
     def hidden(self, ids: Any) -> Any:
         """What the head sees, [rows, tokens, hidden]. The mask is given: made inside, a GPU would be waited for."""
