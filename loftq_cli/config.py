@@ -91,11 +91,12 @@ class QuantizeConfig(BaseModel):
         if self.group_size != -1 and not 8 <= self.group_size <= 65536:
             raise ValueError(f"`group_size` {self.group_size} is out of range: use -1 (a whole row) or 8 .. 65536")
         widths = {self.bits, *self.bits_for.values()}
-        if self.quantizer not in (None, *GRIDS) and 8 in widths:
+        if self.quantizer not in (None, *GRIDS) and widths == {8}:
             raise ValueError(f"`quantizer` {self.quantizer} has 2, 3 or 4 bits; use `uniform` for 8")
+        if self.double_quant and 8 in widths:
+            raise ValueError("`double_quant` quantizes the scales of codebooks, and 8 bits have none: leave one out")
         if self.quantizer == "nf" and self.group_size == -1:
             raise ValueError("`quantizer` nf needs a block length in `group_size` (64 as published), not -1")
-        quantizer = "uniform" if self.double_quant and 8 in widths else self.default_quantizer()
         self._refuse_idle(("calibration", "samples", "seqlen", "finish_epochs", "finish_lr"), CALIBRATED)
         self._refuse_idle(("init", "epochs", "factor_lr", "clip_lr"), TRAINED)
         self._refuse_idle(("augmented", "code_lr"), ("apiq-bw",))
@@ -109,7 +110,7 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"`{start}` does not alternate: it makes nothing of `iters`")
         if self.init == "qlora" and self._was_given("code_lr"):
             raise ValueError("from `init` qlora it is clipping that trains, and decides the codes: leave out `code_lr`")
-        if self.double_quant and quantizer in GRIDS:
+        if self.double_quant and (quantizer := self.default_quantizer()) in GRIDS:
             if self.format in ("gptq", "compressed-tensors"):
                 raise ValueError(f"`format` {self.format} has no 8-bit scales: with `double_quant` use `format` packed")
             raise ValueError(

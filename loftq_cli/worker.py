@@ -157,7 +157,9 @@ class BatchResult:
 
 
 def quantize_batch(plan: Plan, batch: WeightBatch, weights: Tensor) -> BatchResult:
-    """Run the plan's weight-only method on a batch, on the device of `weights`, without waiting for a GPU.
+    """Run the plan's weight-only method on a batch, on the device of `weights`.
+
+    It does not wait for a GPU, but where a quantizer is fitted to the weight, which takes its time for each of them.
 
     Args:
         plan: the decided options.

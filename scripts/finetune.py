@@ -227,6 +227,8 @@ def parse(given: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(given)
     if parsed.model is None and not (parsed.table or parsed.merge):
         parser.error("the following arguments are required: --model")
+    if parsed.at_once < 1:
+        parser.error(f"--at-once {parsed.at_once}: at least one")
     extra = {}
     for arm in parsed.arm:
         name, equals, flags = arm.partition("=")

@@ -44,14 +44,15 @@ class Tuned:
         self.graphs = graphs and self.device.type == "cuda"
         self.names = [self.model.active_adapter]
         self.adapters = [self.trained()]
-        assert all(p.dtype == torch.float32 and "lora_" in name for name, p in self.adapters[0].items())
         self.start = {name: p.detach().clone() for name, p in self.adapters[0].items()}
 
     def trained(self) -> dict[str, Any]:
         """The parameters of the active adapter."""
+        own = self.model.active_adapter
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         assert named
-        return {name.replace(f".{self.model.active_adapter}.", "."): p for name, p in named.items()}
+        assert all(str(p.dtype) == "torch.float32" and "lora_" in name for name, p in named.items())
+        return {".".join(part for part in name.split(".") if part != own): p for name, p in named.items()}
 
     def use(self, number: int) -> None:
         """Have the model computed with that adapter, which is made where it is not there."""

@@ -87,6 +87,12 @@ def test_a_large_weight_is_fitted_by_rows_from_all_of_it(monkeypatch: pytest.Mon
     W[1::2] = family("two-peaked", len(W) // 2, n)
     assert share(fitted(LloydFit(2, 64), W), W[1::2]) < 0.5 * share(Lloyd(2, 64), W[1::2])
 
+    # heads of 80, of which every 25th row would pass over four features in five
+    W = family("two-peaked", 80 * 64, n)
+    W[::5] = family("gaussian", len(W) // 5, n)
+    monkeypatch.setattr(lloyd_fit, "SAMPLE", W.numel() // 25)
+    assert share(fitted(LloydFit(2, 64), W), W[1::5]) < 0.5 * share(Lloyd(2, 64), W[1::5])
+
 
 @pytest.mark.parametrize("value", [0.0, 1e9, 1e-9, float("nan"), float("inf")])
 def test_what_cannot_be_fitted_keeps_the_constants(value: float) -> None:

@@ -98,6 +98,8 @@ def test_weights_at_8_bits_take_no_codebook_from_the_others(tiny_llama: Path, tm
     from loftq_cli.verify import verify
 
     options = {"bits": 2, "bits_for": {"*.0.mlp.down_proj": 8}, "rank": 4}
+    asked = plan(tiny_llama, **options, quantizer="lloyd-fit")
+    assert {(job.bits, job.quantizer) for job in asked.jobs} == {(8, "uniform"), (2, "lloyd-fit")}
     assert any("what has 8 bits is `uniform`" in note for note in plan(tiny_llama, **options).notes)
     assert not any("what has 8 bits" in note for note in plan(tiny_llama, rank=4, bits=8).notes)
     report = quantize(tiny_llama, tmp_path / "out", device="cpu", **options)
@@ -289,9 +291,8 @@ def test_packed_stores_two_bits_and_little_more(tiny_llama: Path, options: dict[
     [
         ({"bits": 5}, "`--bits 5`"),
         ({"quantizer": "nf", "bits": 8}, "nf has 2, 3 or 4 bits"),
-        ({"quantizer": "lloyd", "bits_for": {"*.down_proj": 8}}, "lloyd has 2, 3 or 4 bits"),
         ({"double_quant": True, "quantizer": "uniform"}, "`--double-quant` quantizes the scales"),
-        ({"double_quant": True, "bits_for": {"*.down_proj": 8}}, "`--double-quant` quantizes the scales"),
+        ({"double_quant": True, "bits_for": {"*.down_proj": 8}}, "8 bits have none"),
         ({"double_quant": True, "bits": 2, "format": "gptq"}, "gptq has no 8-bit scales"),
         ({"group_size": 3}, "out of range"),
         ({"iters": 0}, "`--iters 0`"),

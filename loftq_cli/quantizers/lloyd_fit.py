@@ -27,7 +27,7 @@ class LloydFit(SearchedCodebook):
 
     Args:
         fit: the levels, ascending, the largest magnitude 1; None where nothing is fitted.
-        book: the same, on the device of the weight, so that no use of it has to copy them there.
+        book: the same, on the device of the weight: no use of it has to copy them there, nor to keep them for ever.
     """
 
     fit: tuple[float, ...] | None = None
@@ -44,10 +44,13 @@ class LloydFit(SearchedCodebook):
     def fitted(self, W: Tensor) -> LloydFit:
         """The quantizer with levels for `W` [m, n], of any float dtype; deterministic, on the device of `W`.
 
-        Of a large weight some rows are looked at, an odd number of rows apart: the features of an attention head,
-        which differ, all have their turn.
+        Of a large weight some rows are looked at, so far apart that the features of attention heads, which differ, all
+        have their turn: a number that has no divisor in common with that of rows, nor with the size of a head.
         """
-        rows = W[:: -(-W.numel() // SAMPLE) | 1]
+        step = -(-W.numel() // SAMPLE)
+        while math.gcd(step, len(W)) > 1:
+            step += 1
+        rows = W[::step]
         g = rows.shape[1] if self.group_size == -1 else self.group_size
         fit = fit_levels([w for *_, w in pieces(rows, g)], LLOYD[self.bits])
         return replace(self, fit=fit, book=torch.tensor(fit, dtype=torch.float32, device=W.device))
