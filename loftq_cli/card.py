@@ -53,6 +53,7 @@ PAPERS = {
 SETTINGS = (
     "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
 )  # fmt: skip
+IF_GIVEN = ("bits_for", "double_quant", "skip", "quantize_head", "quantize_embeddings", "experts_adapter")
 
 
 def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
@@ -68,7 +69,8 @@ def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
     skips = "\n".join(
         f"- {count} × {reason}, e.g. `{first}`" for reason, count, first in skip_counts(report["skipped"])
     )
-    chosen = {key: config[key] for key in SETTINGS} | _calibration(report)
+    given = {key: _told(config[key]) for key in IF_GIVEN if config[key]}
+    chosen = {key: config[key] for key in SETTINGS} | given | _calibration(report)
     settings = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in chosen.items())
     calibrated = config["method"] in CALIBRATED
     aim = "says what the original model says, as nearly" if calibrated else "is as near to the original weights"
@@ -183,6 +185,14 @@ def text_name(calibration: str) -> str:
     path = Path(calibration)
     is_file = calibration.startswith(("~", ".")) or path.suffix in (".jsonl", ".txt")
     return path.name if is_file or path.is_absolute() or path.exists() else calibration
+
+
+def _told(value: Any) -> str:
+    """A setting as one gives it, with stars that are none of Markdown's."""
+    if isinstance(value, bool):
+        return "yes"
+    rules = [f"{glob}={bits}" for glob, bits in value.items()] if isinstance(value, Mapping) else value
+    return " ".join(f"`{rule}`" for rule in rules)
 
 
 def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,11 +74,8 @@ def _version(
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Take SIGTERM, with which schedulers end a job, for Ctrl-C: it, too, gets to say how to go on."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
+    on_interrupt = signal.getsignal(signal.SIGINT)  # that of `speaking`; a shell has jobs in the background ignore it
+    earlier = signal.signal(signal.SIGTERM, on_interrupt if callable(on_interrupt) else signal.default_int_handler)
     try:
         yield
     finally:

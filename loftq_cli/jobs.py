@@ -124,7 +124,8 @@ def apply_skips(targets: Targets, globs: Iterable[str]) -> tuple[dict[str, str],
     linears, skipped, skipped_linears = dict(targets.linears), dict(targets.skipped), list(targets.skipped_linears)
     for glob in globs:
         matched = [tensor for tensor, module in linears.items() if fnmatchcase(module, glob)]
-        if not matched:
+        alone = (tensor.removesuffix(".weight") for tensor in targets.skipped)  # as is a head: some skip it by habit
+        if not matched and not any(fnmatchcase(module, glob) for module in alone):
             raise _no_match("--skip", glob, targets.linears.values())
         for tensor in matched:
             module = linears.pop(tensor)

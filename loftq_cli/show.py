@@ -216,19 +216,19 @@ def inspect(output: Out, target: str, html: Path | None) -> None:
     folder = Path(target)
     if html is not None and html.is_file() and not html.read_bytes().startswith(PAGE[:15].encode()):
         raise LoftqError(f"`{html}` is no page: it would be lost", "name another file")
-    if (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir():
-        told = verification.read_report(folder)
-        report(output, told, folder)
-    else:
-        planned = plan_quantize(target, QuantizeConfig())
-        told = plan_summary(planned)
-        plan(output, planned, None)
-    if html is not None:
+    is_output = (folder / REPORT_FILE).exists() or (folder / WORK_FOLDER).is_dir()
+    planned = None if is_output else plan_quantize(target, QuantizeConfig())
+    told = verification.read_report(folder) if planned is None else plan_summary(planned)
+    if html is not None:  # before a table that may be cut off, as by `head`
         try:
             html.write_text(page(told), encoding="utf-8")
         except OSError as error:
             raise LoftqError(f"cannot write `{html}`: {error.strerror}") from None
         output.note(f"wrote `{html}`")
+    if planned is None:
+        report(output, told, folder)
+    else:
+        plan(output, planned, None)
 
 
 def verify(output: Out, out: Path, source: str | None) -> bool:

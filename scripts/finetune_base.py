@@ -45,7 +45,7 @@ class Base:
 def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool, again: bool = False) -> Iterator[Base]:
     """The output of `loftq quantize` with `flags`, from `cache` or made now; the model itself without flags.
 
-    What the cache has is of the same version of loftq, the same model as it is now, and of files, named in flags, of the
+    What the cache has is of the same version of loftq, of the model as it is now, and of files, named in flags, of the
     same content.
     """
     if not flags:
@@ -55,9 +55,7 @@ def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool, ag
 
     cache.mkdir(parents=True, exist_ok=True)
     contents = [file_digest(Path(flag)) for flag in flags if Path(flag).is_file()]
-    weights = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model.glob("*.safetensors"))
-    ]
+    weights = [(file.name, *file.stat()[6:9:2]) for file in sorted(model.glob("*.safetensors"))]  # bytes, time
     folder = cache / f"{model.resolve().name}-{digest([__version__, str(model.resolve()), weights, flags, contents])}"
     process = None
     with FileLock(folder.with_suffix(".lock")):  # another process may be making it: then it is waited for

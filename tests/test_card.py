@@ -80,6 +80,14 @@ def test_other_source_cards(tmp_path: Path, readme: str | None, licence: str | N
     assert matter((tmp_path / "out/README.md").read_text()).get("license") == licence
 
 
+def test_the_settings_are_those_to_do_it_again_with(out: Path, tmp_path: Path) -> None:
+    rules = {"bits_for": {"blocks[:1]": 4, "*.o_proj": 8}, "skip": ("*.up_proj", "lm_head")}
+    quantize(save_llama(tmp_path / "tiny"), tmp_path / "out", bits=2, rank=4, iters=1, device="cpu", **rules)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ", bits-for `blocks[:1]=4` `*.o_proj=8`, skip `*.up_proj` `lm_head`." in card
+    assert "bits-for" not in (out / "README.md").read_text()
+
+
 def test_what_the_card_links_to_is_there(out: Path) -> None:
     card = (out / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]*)\)", card) if not link.startswith("https://")]

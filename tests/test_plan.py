@@ -76,6 +76,12 @@ def test_a_head_that_cannot_be_quantized(tiny_llama: Path, tmp_path: Path) -> No
     assert plan(tiny_llama, rank=4, bits=2, quantize_head=True).config.format == "packed"
 
 
+def test_what_is_left_alone_anyway_may_be_skipped(tiny_llama: Path) -> None:
+    """As bitsandbytes and llm-compressor want a head to be."""
+    plain, found = plan(tiny_llama, rank=4), plan(tiny_llama, rank=4, skip=("lm_head", "*norm*"))
+    assert (found.jobs, found.skipped) == (plain.jobs, plain.skipped)
+
+
 def test_what_is_skipped_after_all_leaves_the_format_to_the_rest(tiny_llama: Path) -> None:
     for flag, glob in (("quantize_head", "lm_head"), ("quantize_embeddings", "*.embed_tokens")):
         found = plan(tiny_llama, rank=4, skip=(glob,), **{flag: True})
