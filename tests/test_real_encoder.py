@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from loftq_cli import quantize
+from loftq_cli.merge import merge
 from loftq_cli.report import load_lines
 from loftq_cli.verify import verify
 
@@ -86,3 +87,23 @@ def test_the_adapter_brings_embeddings_nearer(
     assert adapted.mean() > at_least
     assert 1 - adapted.mean() < part * (1 - alone.mean())
     record_property("cosine", f"{alone.mean():.4f} → {adapted.mean():.4f}")
+
+
+def test_sentence_transformers_loads_it(tmp_path: Path, sentences: list[str], wanted: Tensor) -> None:
+    """As the README says: base and adapter, or both as one."""
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
+    report = quantize(ENCODER, tmp_path / "out", bits=2, format="dense", device="cpu")
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    alone = torch.from_numpy(model.encode(sentences))
+    model.load_adapter(str(tmp_path / "out"), adapter_kwargs={"subfolder": "loftq_init"})
+    repaired = torch.from_numpy(model.encode(sentences))
+    merge(tmp_path / "out", tmp_path / "merged")
+    merged = torch.from_numpy(SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(sentences))
+
+    names: dict[str, Any] = {}
+    exec("\n".join(load_lines(report, str(tmp_path / "out"))), names)
+    torch.testing.assert_close(repaired, embed(names["model"], sentences), rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, repaired, rtol=0, atol=1e-4)
+    with names["model"].disable_adapter():
+        torch.testing.assert_close(alone, embed(names["model"], sentences), rtol=0, atol=1e-5)
+    assert ((repaired * wanted).sum(1) > (alone * wanted).sum(1)).all()
