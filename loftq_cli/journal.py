@@ -275,12 +275,17 @@ def written_files(report: Mapping[str, Any]) -> list[str]:
 
 
 def is_ours(out: Path, name: object) -> bool:
-    """Whether a name can be that of a file which loftq writes: it does not lead out of `out`."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    """Whether a name can be that of a file which loftq writes: it leads neither out of `out` nor through a link."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in (parts := Path(name).parts) or not parts:
         return False
-    if any(part.startswith(".") for part in Path(name).parts[:-1]):  # `.git`, say, of a folder that is a repo
+    if any(part.startswith(".") for part in parts[:-1]):  # `.git`, say, of a folder that is a repo
         return False
-    return (out / name).parent.resolve().is_relative_to(out.resolve())
+    try:
+        whole = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    folder = os.path.realpath((out / name).parent) if whole else None
+    return folder == str(out.resolve() / Path(name).parent)
 
 
 def finished_identity(out: Path) -> Identity | None:

@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 from loftq_cli import quantize
 from loftq_cli.chart import error_chart
+from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
+from loftq_cli.merge import merge
+from loftq_cli.push import pack
 from loftq_cli.verify import verify
 from tests.conftest import save_llama
 
@@ -177,6 +180,26 @@ def test_a_changed_copy_with_a_report_that_agrees(out: Path, tiny_llama: Path) -
     edit(out / "loftq_report.json", lambda report: report["files"].update({"model.safetensors": sha256}))
     found(out, "another base")
     found(out, "model.embed_tokens.weight", "model.safetensors", source=tiny_llama)
+
+
+@pytest.mark.parametrize("which", ["files", "side_files"])
+@pytest.mark.parametrize(
+    "name", ["../victim/model.safetensors", "/victim", ".git/config", "linked/a", "a\0", "\ud800", "", "a/../../victim"]
+)
+def test_a_report_that_names_what_is_not_in_the_folder(out: Path, tmp_path: Path, which: str, name: str) -> None:
+    (out / "linked").symlink_to(out / "loftq_init")
+    victim = tmp_path / "victim" / "model.safetensors"
+    victim.parent.mkdir()
+    shutil.copy(out / "model.safetensors", victim)
+    before = victim.read_bytes()
+    edit(out / "loftq_report.json", lambda report: report[which].update({name: hash_file(victim)}))
+    (tmp_path / "deep").mkdir()
+    for reads in (verify, lambda out: merge(out, tmp_path / "deep" / "dest"), lambda out: pack(out, "org/name")):
+        with pytest.raises(LoftqError) as refused:
+            reads(out)
+        assert f"names {name!r}, which is not in the folder" in refused.value.message
+    assert victim.read_bytes() == before
+    assert not any((tmp_path / "deep").iterdir())
 
 
 def test_not_an_output_of_loftq(tmp_path: Path) -> None:
