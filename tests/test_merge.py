@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from loftq_cli import merge as merging
 from loftq_cli import quantize
+from loftq_cli import verify as verifying
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
@@ -150,6 +151,26 @@ def test_a_base_that_was_changed_since_is_not_merged(finished: Path, tmp_path: P
     assert "loftq verify" in refused.value.hint
     assert "--overwrite" in refused.value.hint
     assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.parametrize(
+    "which", ["a shard", "loftq_init/adapter_model.safetensors", "config.json", "generation_config.json"]
+)
+def test_a_missing_file_is_named(finished: Path, tmp_path: Path, which: str) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    name = max(path.name for path in out.glob("*.safetensors")) if which == "a shard" else which
+    (out / name).unlink()
+    with pytest.raises(LoftqError) as refused:
+        merge(out, tmp_path / "dest")
+    assert refused.value.message == f"`{name}` is missing"
+
+
+def test_nothing_is_hashed_twice(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(verifying, "hash_tensor", refuse)  # the files have been hashed
+    merge(finished, tmp_path / "dest")
 
 
 @pytest.mark.parametrize("given", [True, False])
