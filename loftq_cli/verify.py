@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.chart import error_chart
-from loftq_cli.checkpoint.files import hash_file
+from loftq_cli.checkpoint.files import hash_file, leads_out
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
@@ -48,7 +48,7 @@ def read_report(out: Path) -> dict[str, Any]:
     """The report of a finished run.
 
     Raises:
-        LoftqError: `out` is not a finished output of loftq, or names files elsewhere.
+        LoftqError: `out` is not a finished output of loftq, or has or names files elsewhere.
     """
     if (out / WORK_FOLDER / JOURNAL_FILE).exists():
         raise LoftqError(f"`{out}` holds an unfinished run", "finish it: the same `loftq quantize` with `--resume`")
@@ -69,6 +69,8 @@ def read_report(out: Path) -> dict[str, Any]:
     for name in written_files(report):  # which are read, published, and whose names merge gives to files
         if not is_ours(out, name):
             raise LoftqError(f"`{out / REPORT_FILE}` names {name!r}, which is not in the folder")
+        if leads_out(out, name):
+            raise LoftqError(f"`{out / name}` leads out of the folder", "replace the link by the file itself")
     return report
 
 

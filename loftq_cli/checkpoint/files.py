@@ -79,6 +79,15 @@ def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def leads_out(folder: Path, name: str) -> bool:
+    """Whether a file of `folder` lies elsewhere, by its name or by a link."""
+    root = folder.resolve()
+    # the Hub's cache keeps its snapshots as links into a folder beside them
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    place = Path(os.path.realpath(folder / name))  # Path.resolve raises where links go round
+    return not any(place.is_relative_to(one) for one in allowed)
+
+
 def near_folders(folder: Path) -> str:
     """A question after folders that are called nearly so, or nothing."""
     try:
