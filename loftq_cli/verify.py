@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from loftq_cli.chart import error_chart
-from loftq_cli.checkpoint.files import hash_file, leads_out
+from loftq_cli.checkpoint.files import hash_file, is_ours, leads_out
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
-from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, is_ours, written_files
+from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, written_files
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
