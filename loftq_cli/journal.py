@@ -12,8 +12,8 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loftq_cli.checkpoint.files import read_json, read_lines, write_file, writing
+from loftq_cli.checkpoint.files import hash_file, is_ours, read_json, read_lines, write_file, writing
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.errors import LoftqError, again
 from loftq_cli.identity import Identity
@@ -212,6 +212,8 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
     """
     work = out / WORK_FOLDER
     created = not out.exists()
+    if work.is_symlink():  # what it points to would be emptied
+        raise LoftqError(f"`{work}` is a link", "remove it, or choose another OUT")
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
@@ -237,7 +239,8 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
             # of what was refused on the way, copies alone are not worth keeping
             anything = not refused and any(file.written or file.sha256 for file in journal.files.values())
             if journal.path.exists() and not journal.rows and not anything:
-                remove_outputs(out)
+                with suppress(OSError, LoftqError):  # what stopped the run is what matters
+                    remove_outputs(out)
     finally:
         if not (work / JOURNAL_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
@@ -247,40 +250,37 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
 
 
 def remove_outputs(out: Path) -> None:
-    """Remove the files that an earlier run wrote in `out`, finished or not, and nothing else."""
-    report = read_json(out / REPORT_FILE)
-    header = read_lines(out / WORK_FOLDER / JOURNAL_FILE)[:1]
-    listed = [*(header[0]["planned"] if header else []), *(written_files(report) if "files" in report else [])]
-    remove_files(out, listed)
+    """Remove the files that an earlier run wrote in `out`, finished or not, folders that they leave empty, no others.
+
+    Names may come from anywhere: none leads out, and what lies in a folder must have the hash of what was written.
+    """
+    report, lines = read_json(out / REPORT_FILE), read_lines(out / WORK_FOLDER / JOURNAL_FILE)
+    listed = [*(lines[0]["planned"] if lines else []), *(written_files(report) if "files" in report else [])]
+    known: dict[str, str] = {}
+    for hashes in (report.get("files"), report.get("side_files"), *(line.get("whole") for line in lines)):
+        known |= hashes if isinstance(hashes, dict) else {}
+    folders: set[Path] = set()
+    for name in [name for name in listed if is_ours(out, name)]:
+        path = out / name
+        with writing(path):
+            may_go = path.is_symlink() or path.is_file()
+            if path.parent not in (out, out / "loftq_init"):
+                may_go = path.is_file() and not path.is_symlink() and hash_file(path) == known.get(name)
+            if may_go:
+                path.unlink()
+                folders |= {out / folder for folder in Path(name).parents} - {out}
+    for folder in sorted(folders, key=lambda path: -len(path.parts)):  # what lies in others first
+        if not any(folder.iterdir()):
+            folder.rmdir()
     for leftover in (out / WORK_FOLDER).glob("*"):
         if leftover.name != "lock":
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def remove_files(out: Path, listed: Iterable[str]) -> None:
-    """Remove files of `out`, and folders in it that are empty then; names may come from anywhere: none leads out."""
-    names = [name for name in listed if is_ours(out, name)]
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-    folders = {out / folder for name in names for folder in Path(name).parents} - {out}
-    for folder in sorted(folders, key=lambda path: -len(path.parts)):  # what lies in others first
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def written_files(report: Mapping[str, Any]) -> list[str]:
     """Names of all files of a finished run, from its report."""
     named = [*report.get("files", {}), *report.get("side_files", [])]
     return [*named, CARD_FILE, CHART_FILE, ADAPTER_CONFIG, REPORT_FILE]
-
-
-def is_ours(out: Path, name: object) -> bool:
-    """Whether a name can be that of a file which loftq writes: it does not lead out of `out`."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        return False
-    if any(part.startswith(".") for part in Path(name).parts[:-1]):  # `.git`, say, of a folder that is a repo
-        return False
-    return (out / name).parent.resolve().is_relative_to(out.resolve())
 
 
 def finished_identity(out: Path) -> Identity | None:

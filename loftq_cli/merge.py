@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,18 +16,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from loftq_cli.checkpoint.files import copy_file, read_json, write_file
+from loftq_cli.checkpoint.files import copy_file, sync_folder, write_file, writing
 from loftq_cli.checkpoint.reader import Header, lookup, read_chunks, read_header, whole_name
 from loftq_cli.checkpoint.writer import ShardWriter, TensorSpec, joined
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import to_store
-from loftq_cli.journal import REPORT_FILE, is_ours, remove_files
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
 from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
-from loftq_cli.verify import check_adapter, check_all_tensors, check_files, check_tensors, read_report
+from loftq_cli.verify import check_adapter, check_all_tensors, check_files, read_report
 
-WORK_FOLDER, NAMES_FILE = ".loftq-merge", "names.json"  # in DEST, until it is whole
+WORK_FOLDER, STAGED = ".loftq-merge", "files"  # in DEST, until all is written and can be moved there
 
 
 @dataclass(frozen=True)
@@ -42,71 +42,95 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
     """Write `dest`: files and names of the source of `out`, with `dequantize(Q) + scaling · B A` as weights.
 
     Weights have the dtype that they were quantized for (config.json's, where it is narrower than the source file's);
-    all else is copied. config.json comes last, so that what is not whole does not load.
+    all else is copied. It is moved to its place when all is written, config.json last: what is not whole does not load.
 
-    Whatever stops it, nothing of it stays in `dest`; what a killed one has left there is removed by the next.
+    Whatever stops it, nothing of it stays in `dest`. What a killed one has staged there is removed by the next, which
+    refuses where that one had begun to move it: its files are then like anybody's.
 
     Raises:
         LoftqError: `out` is not a finished output whose adapter belongs to its base, or a file of it is not what was
             written, or `dest` is not empty.
     """
     report = read_report(out)
-    if outside := [name for name in report["side_files"] if not is_ours(out, name)]:
-        raise LoftqError(f"`{out / REPORT_FILE}` names `{outside[0]}`, which is not in the folder")
     violations = check_adapter(out, report)
-    if not violations and (violations := check_files(out, report)):
+    there = all((out / name).is_file() for name in report["files"])
+    if not violations and (violations := check_files(out, report)) and there:
         violations = check_all_tensors(out, report) or violations  # of a file that differs, the tensor if it is known
     if violations:
         hint = "make it again with `loftq quantize --overwrite`, or download it again"
         raise LoftqError(violations[0], f"see `loftq verify {out}`; {hint}")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
-    with _claimed(dest, [*shards, *report["side_files"], INDEX_FILE, "config.json"]):
-        weight_map = _write_shards(out, dest, report, shards, progress)
-        _write_surroundings(out, dest, report, weight_map)
+    with _claimed(dest) as staged:
+        weight_map = _write_shards(out, staged, report, shards, progress)
+        _write_surroundings(out, staged, report, weight_map)
+        _move(staged, dest)
     return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
 
 
 @contextmanager
-def _claimed(dest: Path, names: list[str]) -> Iterator[None]:
-    """Take `dest` for this process, to write files of these names there; where that fails, none of them stays.
+def _claimed(dest: Path) -> Iterator[Path]:
+    """Take `dest` for this process; yields a new folder in it, of which nothing stays.
 
-    What a killed merge has left is removed first: it noted the names.
+    What a killed merge has left in there goes. Beside it there must be nothing: whose that is nobody can know.
 
     Raises:
         LoftqError: `dest` holds something else, or another merge is at it.
     """
-    work = dest / WORK_FOLDER
-    begun, created = work.is_dir(), not dest.exists()
-    if dest.exists() and (not dest.is_dir() or (not begun and any(dest.iterdir()))):
-        raise _not_empty(dest)
+    work, created = dest / WORK_FOLDER, not dest.exists()
+    _refuse_others(dest)
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise LoftqError(f"another merge is writing to `{dest}`", "wait for it, or choose another DEST") from None
-    whole = False
     try:
-        left = read_json(work / NAMES_FILE).get("names", [])
-        remove_files(dest, [f"{name}{end}" for name in left for end in ("", ".tmp")])
-        if [path for path in dest.iterdir() if path != work]:
-            names = []  # there may be others of theirs
-            raise _not_empty(dest)
-        write_file(work / NAMES_FILE, json.dumps({"names": names}).encode())
-        yield
-        whole = True
+        _refuse_others(dest)  # another merge may have ended just now
+        shutil.rmtree(work / STAGED, ignore_errors=True)
+        (work / STAGED).mkdir()
+        yield work / STAGED
     finally:
-        if not whole:
-            remove_files(dest, [f"{name}{end}" for name in names for end in ("", ".tmp")])
         shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
         if created and not any(dest.iterdir()):
             dest.rmdir()
         lock.release()
 
 
-def _not_empty(dest: Path) -> LoftqError:
-    return LoftqError(f"`{dest}` is not empty", "give a new folder as DEST, or remove this one")
+def _refuse_others(dest: Path) -> None:
+    """Refuse a `dest` that holds anything but our own folder.
+
+    Raises:
+        LoftqError: nothing has been touched.
+    """
+    work = dest / WORK_FOLDER
+    if not dest.exists() or (dest.is_dir() and not work.is_symlink() and not set(dest.iterdir()) - {work}):
+        return
+    killed = f", and a merge that was killed left its `{WORK_FOLDER}` there" if work.exists() else ""
+    raise LoftqError(f"`{dest}` is not empty{killed}", "give a new folder as DEST, or remove this one")
+
+
+def _move(staged: Path, dest: Path) -> None:
+    """Move what is in `staged` to `dest`, config.json last: all of it, or where something goes wrong, nothing.
+
+    Raises:
+        LoftqError: somebody has put something in `dest` meanwhile.
+    """
+    paths = sorted(staged.iterdir(), key=lambda path: path.name == "config.json")
+    begun: list[Path] = []
+    try:
+        for path in paths:
+            if os.path.lexists(dest / path.name):
+                raise LoftqError(f"there is a `{path.name}` in `{dest}` by now", "choose another DEST")
+            begun.append(path)
+            with writing(dest / path.name):
+                path.rename(dest / path.name)
+        sync_folder(dest)
+    except BaseException:
+        for path in begun:
+            if not path.exists():
+                (dest / path.name).rename(path)
+        raise
 
 
 def _write_shards(
@@ -153,13 +177,7 @@ def _write_shards(
 
 
 def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, factors: Factors) -> Tensor:
-    """The weight of `row` as the source has it, [m, n] or transposed, added up in float32.
-
-    Raises:
-        LoftqError: what it is made of has been changed.
-    """
-    if violations := check_tensors(out, row, shard.tensors, factors):
-        raise LoftqError(violations[0], f"see `loftq verify {out}`")
+    """The weight of `row` as the source has it, [m, n] or transposed, added up in float32."""
     base = stored_weight(out, shard.tensors, FORMATS[report["config"]["format"]], row, report["config"])
     written = report["adapter_config"]
     scaling = peft_adapter.scaling(written["r"], written["lora_alpha"], written["use_rslora"])

@@ -265,6 +265,7 @@ def finish(
     adapter_config = peft_adapter.adapter_config(plan, str(out.resolve()), plan.targets.module_names)
     write_file(out / ADAPTER_CONFIG, _json_bytes(adapter_config))
     side_files = {name: copy_file(plan.checkpoint.path(name), out / name) for name in plan.checkpoint.side_files}
+    journal.commit({}, [], {}, side_files)
     for name, data in late.items():
         write_file(out / name, data)
     report = build_report(plan, journal, files, side_files, adapter_config, device)

@@ -22,7 +22,7 @@ from loftq_cli.card import text_name
 from loftq_cli.checkpoint.files import hash_file, read_json
 from loftq_cli.checkpoint.hub import is_repo_id
 from loftq_cli.errors import ConfigError, LoftqError
-from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, is_ours, written_files
+from loftq_cli.journal import ADAPTER_CONFIG, CARD_FILE, REPORT_FILE, written_files
 from loftq_cli.patience import Note, patiently, sentences, somebody_else
 from loftq_cli.report import PLACEHOLDER, load_lines
 from loftq_cli.verify import read_report, verify
@@ -93,8 +93,6 @@ def pack(out: Path, repo_id: str, revision: str | None = None) -> Parcel:
             f"see `loftq verify {out}`; make it again with `--overwrite`",
         )
     names = written_files(report)
-    if outside := [name for name in names if not is_ours(out, name)]:
-        raise LoftqError(f"`{out / REPORT_FILE}` names `{outside[0]}`, which is not in the folder")
     if missing := [name for name in names if not (out / name).is_file()]:
         raise LoftqError(f"`{out / missing[0]}` is gone", "put it back, or make the folder again with `--overwrite`")
     rewritten = _rewritten(out, repo_id, revision, report)

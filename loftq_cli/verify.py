@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from loftq_cli.chart import error_chart
-from loftq_cli.checkpoint.files import hash_file
+from loftq_cli.checkpoint.files import hash_file, is_ours, leads_out
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
-from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, is_ours
+from loftq_cli.journal import CHART_FILE, JOURNAL_FILE, REPORT_FILE, WORK_FOLDER, written_files
 from loftq_cli.methods import squared_norm
 from loftq_cli.plan import ADAPTER_FILE, FINGERPRINT_KEY
 from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
@@ -48,7 +48,7 @@ def read_report(out: Path) -> dict[str, Any]:
     """The report of a finished run.
 
     Raises:
-        LoftqError: `out` is not a finished output of loftq.
+        LoftqError: `out` is not a finished output of loftq, or has or names files elsewhere.
     """
     if (out / WORK_FOLDER / JOURNAL_FILE).exists():
         raise LoftqError(f"`{out}` holds an unfinished run", "finish it: the same `loftq quantize` with `--resume`")
@@ -64,6 +64,13 @@ def read_report(out: Path) -> dict[str, Any]:
     if report.get("schema") != SCHEMA:
         made = f"loftq {report.get('version')}"
         raise LoftqError(f"`{out / REPORT_FILE}` was written by {made}", f"look at it with {made}, or make it again")
+    if not isinstance(report["files"], dict) or not isinstance(report["side_files"], dict):
+        raise LoftqError(f"`{out / REPORT_FILE}` is not a report of loftq")
+    for name in written_files(report):  # which are read, published, and whose names merge gives to files
+        if not is_ours(out, name):
+            raise LoftqError(f"`{out / REPORT_FILE}` names {name!r}, which is not in the folder")
+        if leads_out(out, name):
+            raise LoftqError(f"`{out / name}` leads out of the folder", "replace the link by the file itself")
     return report
 
 
@@ -110,8 +117,8 @@ def check_files(out: Path, report: dict[str, Any]) -> list[str]:
 
 def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
     """The copies of the source's files that differ from what was copied."""
-    there = [name for name in report["side_files"] if is_ours(out, name) and (out / name).is_file()]
-    return tuple(name for name in there if hash_file(out / name) != report["side_files"][name])
+    there = {name: sha256 for name, sha256 in report["side_files"].items() if (out / name).is_file()}
+    return tuple(name for name, sha256 in there.items() if hash_file(out / name) != sha256)
 
 
 def check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:

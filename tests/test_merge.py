@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from loftq_cli import merge as merging
 from loftq_cli import quantize
+from loftq_cli import verify as verifying
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
@@ -152,6 +153,26 @@ def test_a_base_that_was_changed_since_is_not_merged(finished: Path, tmp_path: P
     assert not (tmp_path / "dest").exists()
 
 
+@pytest.mark.parametrize(
+    "which", ["a shard", "loftq_init/adapter_model.safetensors", "config.json", "generation_config.json"]
+)
+def test_a_missing_file_is_named(finished: Path, tmp_path: Path, which: str) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    name = max(path.name for path in out.glob("*.safetensors")) if which == "a shard" else which
+    (out / name).unlink()
+    with pytest.raises(LoftqError) as refused:
+        merge(out, tmp_path / "dest")
+    assert refused.value.message == f"`{name}` is missing"
+
+
+def test_nothing_is_hashed_twice(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(verifying, "hash_tensor", refuse)  # the files have been hashed
+    merge(finished, tmp_path / "dest")
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_interrupted_it_leaves_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
@@ -179,31 +200,44 @@ def test_interrupted_it_leaves_nothing(
     assert CliRunner().invoke(app, ["merge", str(finished), str(dest)]).exit_code == 0
 
 
-def test_what_a_killed_one_left_is_removed(finished: Path, tmp_path: Path) -> None:
-    merge(finished, tmp_path / "whole")
-    dest = tmp_path / "dest"
+def killed(out: Path, dest: Path, at: str) -> None:
+    """A merge that is killed where `at` says."""
     code = f"""
 import os
 from pathlib import Path
-from loftq_cli.merge import merge
+from loftq_cli import merge as merging
 told = []
-def progress(*_):
+def die(*_, at):
     told.append(1)
-    if len(told) == 9:
+    if len(told) == at:
         os.kill(os.getpid(), 9)
-merge(Path({str(finished)!r}), Path({str(dest)!r}), progress)
+progress = None
+{at}
+merging.merge(Path({str(out)!r}), Path({str(dest)!r}), progress)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+
+
+IN_A_SHARD = "progress = lambda *_: die(at=9)"
+IN_THE_MOVE = "rename = Path.rename; Path.rename = lambda *paths: (die(at=3), rename(*paths))"
+AFTER_THE_MOVE = "merging.sync_folder = lambda *_: die(at=1)"
+
+
+def test_what_a_killed_one_has_staged_is_replaced(finished: Path, tmp_path: Path) -> None:
+    merge(finished, tmp_path / "whole")
+    dest = tmp_path / "dest"
+    killed(finished, dest, IN_A_SHARD)
     left = contents(dest)
     assert [name for name in left if name.endswith(".safetensors")]
     assert [name for name in left if name.endswith(".safetensors.tmp")]
+    assert {Path(name).parts[0] for name in left} == {".loftq-merge"}
 
-    (dest / "mine").write_text("mine")
-    other = Path(shutil.copytree(dest, tmp_path / "other"))
-    with pytest.raises(LoftqError, match="is not empty"):
-        merge(finished, other)
-    assert contents(other) == {"mine": b"mine"}
-    (dest / "mine").unlink()
+    (dest / "config.json").write_text("mine")  # another model's, that has come there since
+    left = contents(dest)
+    with pytest.raises(LoftqError, match="is not empty, and a merge that was killed left"):
+        merge(finished, dest)
+    assert contents(dest) == left
+    (dest / "config.json").unlink()
 
     def meanwhile(*_: object) -> None:
         with pytest.raises(LoftqError, match="another merge is writing"):
@@ -214,3 +248,29 @@ merge(Path({str(finished)!r}), Path({str(dest)!r}), progress)
     merge(finished, dest, meanwhile)
     assert refused
     assert contents(dest) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [IN_THE_MOVE, AFTER_THE_MOVE], ids=["within", "after"])
+def test_what_a_killed_one_has_moved_is_like_anybodys(finished: Path, tmp_path: Path, at: str) -> None:
+    dest = tmp_path / "dest"
+    killed(finished, dest, at)
+    left = contents(dest)
+    assert ("config.json" in left) == (at == AFTER_THE_MOVE)
+    assert [name for name in left if "/" not in name and name.endswith(".safetensors")]
+    with pytest.raises(LoftqError, match="is not empty, and a merge that was killed left"):
+        merge(finished, dest)
+    assert contents(dest) == left
+
+
+def test_what_came_to_dest_meanwhile_is_kept(finished: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "dest"
+    with pytest.raises(LoftqError, match=r"there is a `config\.json` in"):
+        merge(finished, dest, lambda *_: (dest / "config.json").write_text("mine"))
+    assert contents(dest) == {"config.json": b"mine"}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".loftq-merge").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "files").write_text("mine")
+    with pytest.raises(LoftqError, match="is not empty"):
+        merge(finished, tmp_path / "linked")
+    assert contents(tmp_path / "elsewhere") == {"files": b"mine"}

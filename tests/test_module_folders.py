@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loftq_cli import quantize
+from loftq_cli import pipeline, quantize
+from loftq_cli.checkpoint.files import is_ours
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.errors import LoftqError
-from loftq_cli.journal import is_ours
 from loftq_cli.merge import merge
 from loftq_cli.push import pack
 from loftq_cli.verify import verify
@@ -75,6 +75,10 @@ def test_they_follow_the_model(model: Path, tmp_path: Path) -> None:
     assert verify(out).violations == ("`2_Dense/model.safetensors` is missing",)
 
     (out / "5_Router" / "mine").touch()
+    (out / "5_Router" / "mine, too").touch()
+    named = json.loads((out / "loftq_report.json").read_text())
+    named["files"]["5_Router/mine, too"] = "0" * 64
+    (out / "loftq_report.json").write_text(json.dumps(named))
     quantize(model, out, overwrite=True, **{**OPTIONS, "rank": 2})
     assert verify(out).violations == ()
     (model / "modules.json").rename(tmp_path / "modules.json")  # a model without any takes them away again
@@ -83,7 +87,23 @@ def test_they_follow_the_model(model: Path, tmp_path: Path) -> None:
     finally:
         (tmp_path / "modules.json").rename(model / "modules.json")
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"loftq_init", "5_Router"}
-    assert [path.name for path in (out / "5_Router").rglob("*")] == ["mine"]
+    assert {path.name for path in (out / "5_Router").rglob("*")} == {"mine", "mine, too"}
+
+
+def test_what_a_stopped_run_has_copied_is_removed(
+    model: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise LoftqError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "error_chart", broken)
+        with pytest.raises(LoftqError, match="broken"):
+            quantize(model, tmp_path, **OPTIONS)
+    (tmp_path / "2_Dense" / "config.json").write_text("mine")
+    quantize(tiny_llama, tmp_path, overwrite=True, **OPTIONS)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"loftq_init", "2_Dense"}
+    assert [path.name for path in (tmp_path / "2_Dense").iterdir()] == ["config.json"]
 
 
 def test_from_the_hub_and_back(model: Path, tmp_path: Path) -> None:

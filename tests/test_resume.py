@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli import batches, outputs, pipeline
+from loftq_cli import batches, journal, outputs, pipeline
 from loftq_cli.errors import LoftqError
 from loftq_cli.journal import Journal
 from loftq_cli.verify import verify
@@ -269,6 +270,51 @@ def test_overwrite_never_leaves_the_folder(tiny_llama: Path, tmp_path: Path) -> 
     (out / "loftq_report.json").write_text(json.dumps(report))
     pipeline.quantize(tiny_llama, out, overwrite=True, **OPTIONS)
     assert victim.read_text() == "mine"
+
+
+def test_overwrite_finds_odd_things_under_its_names(tiny_llama: Path, tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    pipeline.quantize(tiny_llama, out, **OPTIONS)
+    victim.mkdir()
+    (victim / "a.json").write_text("mine")
+    (out / "folder.json").mkdir()
+    (out / "file").write_text("mine")
+    (out / "inside").mkdir()
+    (out / "inside" / "a.json").write_text("mine")
+    (out / "linked").symlink_to(out / "inside")
+    (out / "link.json").symlink_to(victim / "a.json")
+    report = json.loads((out / "loftq_report.json").read_text())
+    sha256 = hashlib.sha256(b"mine").hexdigest()
+    odd = ["folder.json", "file/a.json", "linked/a.json", "link.json", "a\0.json", "b\0/a.json", "\ud800", "", "."]
+    report["files"] |= dict.fromkeys(odd, sha256)
+    (out / "loftq_report.json").write_text(json.dumps(report))
+    pipeline.quantize(tiny_llama, out, overwrite=True, **OPTIONS)
+    assert (victim / "a.json").read_text() == (out / "inside" / "a.json").read_text() == "mine"
+    assert (out / "file").read_text() == "mine"
+    assert (out / "folder.json").is_dir()
+    assert not (out / "link.json").is_symlink()
+    assert verify(out).violations == ()
+
+    shutil.rmtree(out / ".loftq", ignore_errors=True)
+    (out / ".loftq").symlink_to(victim)
+    with pytest.raises(LoftqError, match=r"\.loftq` is a link"):
+        pipeline.quantize(tiny_llama, out, overwrite=True, **OPTIONS)
+    assert (victim / "a.json").read_text() == "mine"
+
+
+def test_what_cannot_be_removed_does_not_hide_what_went_wrong(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise LoftqError("the true one")
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(pipeline, "run_steps", broken)
+    monkeypatch.setattr(journal, "remove_outputs", refused)
+    with pytest.raises(LoftqError, match="the true one"):
+        pipeline.quantize(tiny_llama, tmp_path / "out", **OPTIONS)
 
 
 def test_the_model_is_never_the_out(tiny_llama: Path, tmp_path: Path) -> None:

@@ -12,14 +12,17 @@ from typer.testing import CliRunner
 
 from loftq_cli import quantize
 from loftq_cli.chart import error_chart
+from loftq_cli.checkpoint.files import hash_file
 from loftq_cli.checkpoint.reader import read_header
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
+from loftq_cli.merge import merge
+from loftq_cli.push import pack
 from loftq_cli.verify import verify
 from tests.conftest import save_llama
 
 OPTIONS = {"bits": 2, "rank": 4, "iters": 1}
-ADAPTER = "loftq_init/adapter_model.safetensors"
+ADAPTER, CONFIG = "loftq_init/adapter_model.safetensors", "loftq_init/adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,56 @@ def test_a_changed_copy_with_a_report_that_agrees(out: Path, tiny_llama: Path) -
     edit(out / "loftq_report.json", lambda report: report["files"].update({"model.safetensors": sha256}))
     found(out, "another base")
     found(out, "model.embed_tokens.weight", "model.safetensors", source=tiny_llama)
+
+
+@pytest.mark.parametrize("which", ["files", "side_files"])
+@pytest.mark.parametrize(
+    "name", ["../victim/model.safetensors", "/victim", ".git/config", "linked/a", "a\0", "\ud800", "", "a/../../victim"]
+)
+def test_a_report_that_names_what_is_not_in_the_folder(out: Path, tmp_path: Path, which: str, name: str) -> None:
+    (out / "linked").symlink_to(out / "loftq_init")
+    victim = tmp_path / "victim" / "model.safetensors"
+    victim.parent.mkdir()
+    shutil.copy(out / "model.safetensors", victim)
+    before = victim.read_bytes()
+    edit(out / "loftq_report.json", lambda report: report[which].update({name: hash_file(victim)}))
+    (tmp_path / "deep").mkdir()
+    for reads in (verify, lambda out: merge(out, tmp_path / "deep" / "dest"), lambda out: pack(out, "org/name")):
+        with pytest.raises(LoftqError) as refused:
+            reads(out)
+        assert f"names {name!r}, which is not in the folder" in refused.value.message
+    assert victim.read_bytes() == before
+    assert not any((tmp_path / "deep").iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "README.md", "model.safetensors", ADAPTER, CONFIG])
+def test_a_link_out_of_the_folder_is_not_followed(out: Path, tmp_path: Path, name: str) -> None:
+    (out / name).rename(tmp_path / "private")
+    (out / name).symlink_to(tmp_path / "private")
+    for reads in (verify, lambda out: merge(out, tmp_path / "dest"), lambda out: pack(out, "org/name")):
+        with pytest.raises(LoftqError) as refused:
+            reads(out)
+        assert refused.value.message == f"`{out / name}` leads out of the folder"
+    (out / name).unlink()
+    (tmp_path / "private").rename(out / "inside")
+    (out / name).symlink_to(out / "inside")
+    assert verify(out).violations == ()
+    (out / name).unlink()
+    (out / name).symlink_to(out / name)
+    with pytest.raises(LoftqError, match=Path(name).name):
+        pack(out, "org/name")
+
+
+def test_links_of_the_hubs_cache_are_followed(out: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--org--name" / "snapshots" / "abc", tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(out, snapshot)
+    for number, path in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert verify(snapshot).violations == ()
+    merge(snapshot, tmp_path / "dest")
+    assert pack(snapshot, "org/name").files == pack(out, "org/name").files
 
 
 def test_not_an_output_of_loftq(tmp_path: Path) -> None:

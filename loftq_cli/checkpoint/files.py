@@ -79,6 +79,29 @@ def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def leads_out(folder: Path, name: str) -> bool:
+    """Whether a file of `folder` lies elsewhere, by its name or by a link."""
+    root = folder.resolve()
+    # the Hub's cache keeps its snapshots as links into a folder beside them
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    place = Path(os.path.realpath(folder / name))  # Path.resolve raises where links go round
+    return not any(place.is_relative_to(one) for one in allowed)
+
+
+def is_ours(out: Path, name: object) -> bool:
+    """Whether a name can be that of a file which loftq writes: it leads neither out of `out` nor through a link."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in (parts := Path(name).parts) or not parts:
+        return False
+    if any(part.startswith(".") for part in parts[:-1]):  # `.git`, say, of a folder that is a repo
+        return False
+    try:
+        whole = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    folder = os.path.realpath((out / name).parent) if whole else None
+    return folder == str(out.resolve() / Path(name).parent)
+
+
 def near_folders(folder: Path) -> str:
     """A question after folders that are called nearly so, or nothing."""
     try:

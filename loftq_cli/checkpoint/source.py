@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.files import fingerprint, json_object, json_value, near_folders
+from loftq_cli.checkpoint.files import fingerprint, json_object, json_value, leads_out, near_folders
 from loftq_cli.checkpoint.fp8 import fold_scales
 from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id
 from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header
@@ -97,12 +97,9 @@ class Folder:
 
     def path(self, file: str) -> Path:
         """The path of one file, which must not lead out of the folder."""
-        path, folder = self.folder / file, self.folder.resolve()
-        # the Hub's cache keeps its snapshots as links into a folder beside them
-        allowed = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
-        if not any(path.resolve().is_relative_to(root) for root in allowed):
-            raise LoftqError(f"`{path}` leads out of the folder", "replace the link by the file itself")
-        return path
+        if leads_out(self.folder, file):
+            raise LoftqError(f"`{self.folder / file}` leads out of the folder", "replace the link by the file itself")
+        return self.folder / file
 
     def header(self, file: str) -> Header:
         """The header of one safetensors file."""
