@@ -41,7 +41,7 @@ class Checkpoint:
         config: the content of config.json.
         files: the safetensors files, in order; a pickle goes by the name of the safetensors file that stands for it.
         tensors: all tensors by name, in the order of file and offset.
-        file_sizes: bytes of every file at the top of the checkpoint, by name.
+        file_sizes: bytes of every file at the top of the checkpoint, and of every side file, by name.
         index: the content of model.safetensors.index.json, if there is one.
         side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code, and what
             lies in the folders that a `modules.json` names.
@@ -90,10 +90,10 @@ class Folder:
     revision: str | None
     sizes: dict[str, int]
 
-    def files_in(self, folder: str) -> list[str]:
-        """The files in one folder of it, and in folders in that."""
-        paths = (self.folder / folder).rglob("*")
-        return [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
+    def files_in(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in one folder of it, and in folders in that, by path."""
+        paths = [path for path in (self.folder / folder).rglob("*") if path.is_file()]
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     def path(self, file: str) -> Path:
         """The path of one file, which must not lead out of the folder."""
