@@ -50,7 +50,7 @@ from loftq_cli.resume import check_disk, forget_lost, refuse_source_as_out
 from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
-from loftq_cli.written import output_config, output_index, planned_files
+from loftq_cli.written import output_config, output_index, planned_files, refuse_modules
 
 READ_AHEAD = {"cuda": 2, "cpu": 1}  # batches
 FINISHED = -1  # told to the other ranks instead of a journal's number
@@ -70,7 +70,9 @@ def plan_quantize(model: str, config: QuantizeConfig, *, to_run: bool = False) -
     decided = config.model_copy(update={"device": str(device)})
     if to_run:
         wake(device, partial(rehearse, checkpoint, decided))
-    return make_plan(checkpoint, decided, targets())
+    plan = make_plan(checkpoint, decided, targets())
+    refuse_modules(plan)
+    return plan
 
 
 def quantize(

@@ -119,7 +119,8 @@ def check_disk(plan: Plan, out: Path) -> None:
     parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     adapters = 1 + (plan.config.finish_epochs > 0)  # what a finish trains is kept beside
     factors = sum(spec.nbytes for spec in plan.factor_files.get(EXPERT_FACTORS, ()))
-    needed = plan.base_bytes + adapters * plan.adapter_bytes + factors + (16 << 20)
+    copied = sum(plan.checkpoint.file_sizes[file] for file in plan.checkpoint.side_files)
+    needed = plan.base_bytes + adapters * plan.adapter_bytes + factors + copied + (16 << 20)
     if plan.config.evict:
         needed += KEPT * max(plan.checkpoint.file_sizes[file] for file in plan.checkpoint.files)
     needed -= sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())

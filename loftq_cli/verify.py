@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loftq_cli.chart import error_chart
 from loftq_cli.checkpoint.files import hash_file, is_ours, leads_out
+from loftq_cli.checkpoint.modules import MODULES
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_chunks, read_header, read_tensor, whole_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.errors import LoftqError
@@ -91,6 +92,7 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
         return Verdict(count, 0, None, tuple(violations), edited)
     checkpoint = open_checkpoint(source, None if Path(source).is_dir() else report["source"]["revision"])
     violations += _check_copies(out, report, checkpoint) + _check_heads(out, checkpoint)
+    violations += _check_modules(report, checkpoint)
     rows: list[tuple[float, float]] = []
     if not violations:  # errors recomputed from files that are known to be wrong would tell nothing
         rows, violations = _recompute(out, report, checkpoint, progress or (lambda name, size: None))
@@ -186,6 +188,17 @@ def _check_copies(out: Path, report: dict[str, Any], checkpoint: Checkpoint) -> 
             if info.name not in infos or not _same_bytes(checkpoint.path(file), info, out / file, infos[info.name]):
                 violations.append(f"`{info.name}` in `{file}` is not the source's")
     return violations
+
+
+def _check_modules(report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """What was copied of a `modules.json`, and of what it names, must still be the source's."""
+    copied = {name: sha256 for name, sha256 in report["side_files"].items() if "/" in name or name == MODULES}
+    now = {*checkpoint.modules.files, *({MODULES} & set(checkpoint.side_files))}
+    return [
+        f"`{name}` is not the source's"
+        for name in sorted(now | copied.keys())
+        if name not in now or hash_file(checkpoint.path(name)) != copied.get(name)
+    ]
 
 
 def _check_heads(out: Path, checkpoint: Checkpoint) -> list[str]:

@@ -40,7 +40,7 @@ class Commit(HubCommit):
     """A commit whose files come when the test says so."""
 
     def __init__(self) -> None:
-        super().__init__("org/name", "0" * 40, {}, {})
+        super().__init__("org/name", "0" * 40, {})
         object.__setattr__(self, "asked", [])
         object.__setattr__(self, "come", threading.Semaphore(0))
 

@@ -70,12 +70,22 @@ def json_value(path: Path) -> Any:
         raise LoftqError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
-def fingerprint(revision: str | None, config: Path, headers: Mapping[str, Header], path: Callable[[str], Path]) -> str:
-    """The hash that stands for a checkpoint; `path` finds one of its files by name, if there is no `revision`."""
+def fingerprint(
+    revision: str | None,
+    config: Path,
+    headers: Mapping[str, Header],
+    path: Callable[[str], Path],
+    others: Iterable[str] = (),
+) -> str:
+    """The hash that stands for a checkpoint; `path` finds one of its files by name, if there is no `revision`.
+
+    `others` are files beside that a change of makes it another model.
+    """
     parts = [revision or "", config.read_bytes().hex()]
     parts += [f"{file} {header.file_bytes} {header.raw.hex()}" for file, header in headers.items()]
     if revision is None:  # two checkpoints of one training run differ in nothing but their values
         parts += [sample_hash(path(file), header) for file, header in headers.items()]
+        parts += [f"{file} {hash_file(path(file))}" for file in others]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -19,16 +19,20 @@ _FIRST_RANGE_BYTES = 100_000  # holds nearly every header whole: one request a s
 
 @dataclass(frozen=True)
 class HubCommit:
-    """One commit of a model on the Hub: its files at the top by their bytes, and those in folders, `2_Dense/a.json`."""
+    """One commit of a model on the Hub: `files` is path → bytes, of those in folders, too."""
 
     model: str
     revision: str
-    sizes: dict[str, int]
-    nested: dict[str, int]
+    files: dict[str, int]
 
-    def files_in(self, folder: str) -> list[str]:
-        """The files in one folder, and in folders in that."""
-        return [file for file in self.nested if file.startswith(f"{folder}/")]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files at the top, by name."""
+        return {file: size for file, size in self.files.items() if "/" not in file}
+
+    def files_in(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in one folder, and in folders in that, by path."""
+        return {file: size for file, size in self.files.items() if file.startswith(f"{folder}/")}
 
     def path(self, file: str) -> Path:
         """The path of one file in the cache, downloaded if need be."""
@@ -38,7 +42,7 @@ class HubCommit:
         """The path of one file, downloaded if need be: in the cache, or else, given a `folder`, in that."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        with hub_errors(self.model, self.revision, (self.sizes | self.nested).get(file, 0)):
+        with hub_errors(self.model, self.revision, self.files.get(file, 0)):
             cached = try_to_load_from_cache(self.model, file, revision=self.revision) if folder else None
             if isinstance(cached, str):
                 return Path(cached)
@@ -46,7 +50,7 @@ class HubCommit:
 
     def header(self, file: str) -> Header:
         """The header of one safetensors file, and no more of it."""
-        size = self.sizes[file]
+        size = self.files[file]
         with hub_errors(self.model, self.revision):
             raw = self._range(file, 0, min(size, _FIRST_RANGE_BYTES)) if size else b""
             length = header_bytes(raw, file, size)
@@ -76,11 +80,10 @@ def find_on_hub(model: str, revision: str | None) -> HubCommit | Path:
         except OfflineModeIsEnabled:
             return _find_in_cache(model, revision)
         files = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        sizes = {file: size for file, size in files.items() if "/" not in file}
-        if "config.json" in sizes:
+        if "config.json" in files:
             # by branch name, so that the cache learns which commit the branch is at and later works offline
             hf_hub_download(model, "config.json", revision=revision)
-    return HubCommit(model, str(info.sha), sizes, {file: size for file, size in files.items() if "/" in file})
+    return HubCommit(model, str(info.sha), files)
 
 
 def _find_in_cache(model: str, revision: str | None) -> Path:

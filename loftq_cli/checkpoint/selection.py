@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any
 
 from loftq_cli.checkpoint.fp8 import is_fp8
@@ -33,10 +33,6 @@ NOT_SIDE_FILES = (
     "adapter_config.json",  # with it in the folder, loaders take the model for an adapter
     ".*",
 )
-
-MODULES = "modules.json"  # of Sentence Transformers: what follows the model, and in which folders that lies
-ADAPTER_FOLDER = "loftq_init"  # of an output
-MODULE_FILES = ("*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin", *SIDE_FILES)
 
 ReadJson = Callable[[str], dict[str, Any]]
 
@@ -164,36 +160,11 @@ def refuse_quantized(model: str, revision: str | None, config: Mapping[str, Any]
 def choose_side_files(names: Iterable[str], has_code: bool) -> tuple[str, ...]:
     """The files to copy as they are: tokenizer, chat template, generation config, licence; code."""
     wanted = (*SIDE_FILES, *(("*.py",) if has_code else ()))
-    return tuple(name for name in sorted(names) if _like(name, wanted) and not _like(name, NOT_SIDE_FILES))
+    return tuple(name for name in sorted(names) if like(name, wanted) and not like(name, NOT_SIDE_FILES))
 
 
-def module_folders(modules: Any) -> tuple[str, ...]:
-    """The folders that a `modules.json` of this content names: of pooling, projections and the like; not of the model.
-
-    Raises:
-        LoftqError: it names what is no folder of the checkpoint.
-    """
-    folders = []
-    for module in modules if isinstance(modules, list) else ():
-        path = module.get("path", "") if isinstance(module, dict) else ""
-        parts = PurePosixPath(path).parts if isinstance(path, str) and "\\" not in path else ("..",)
-        if any(part[0] in "./" or part == ADAPTER_FOLDER for part in parts):
-            raise LoftqError(
-                f"{MODULES} names `{path}`, which is no plain folder inside the checkpoint",
-                f"download it again; or remove {MODULES}, if nobody loads the model with Sentence Transformers",
-            )
-        folders.append("/".join(parts))  # that of the model itself is mostly ``
-    return tuple(dict.fromkeys(filter(None, folders)))
-
-
-def choose_module_files(names: Iterable[str], has_code: bool) -> tuple[str, ...]:
-    """Of the files in such folders those to copy as they are: configs, tokenizers, and weights, pickles too, unread."""
-    wanted = (*MODULE_FILES, *(("*.py",) if has_code else ()))
-    visible = (name for name in sorted(names) if not any(part.startswith(".") for part in name.split("/")))
-    return tuple(name for name in visible if _like(PurePosixPath(name).name, wanted))
-
-
-def _like(name: str, patterns: Iterable[str]) -> bool:
+def like(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is as one of the patterns says, whatever its case."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
@@ -216,7 +187,7 @@ def _indexed_files(index: Mapping[str, Any], names: set[str], called: str, suffi
 def _adapted(model: str, revision: str | None, names: set[str], read_json: ReadJson, weights: list[str]) -> LoftqError:
     adapter = read_json(ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
-    has_tokenizer = any(_like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
+    has_tokenizer = any(like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
     lines = merge_lines(source_argument(model, revision), adapter, has_tokenizer)
     if weights:
         return LoftqError(

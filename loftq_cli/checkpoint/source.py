@@ -11,15 +11,13 @@ from typing import Any
 from loftq_cli.checkpoint.files import fingerprint, json_object, json_value, leads_out, near_folders
 from loftq_cli.checkpoint.fp8 import fold_scales
 from loftq_cli.checkpoint.hub import HubCommit, find_on_hub, is_repo_id
+from loftq_cli.checkpoint.modules import MODULES, Modules, find_modules
 from loftq_cli.checkpoint.reader import Header, TensorInfo, read_header
 from loftq_cli.checkpoint.selection import (
-    MODULES,
     check_index,
-    choose_module_files,
     choose_side_files,
     choose_weights,
     gguf_refusal,
-    module_folders,
     pickled_header,
     refuse_quantized,
 )
@@ -41,12 +39,14 @@ class Checkpoint:
         config: the content of config.json.
         files: the safetensors files, in order; a pickle goes by the name of the safetensors file that stands for it.
         tensors: all tensors by name, in the order of file and offset.
-        file_sizes: bytes of every file at the top of the checkpoint, by name.
+        file_sizes: bytes of every file at the top of the checkpoint, and of every side file, by name.
         index: the content of model.safetensors.index.json, if there is one.
         side_files: files to copy as they are: tokenizer, chat template, generation config, licence, code, and what
             lies in the folders that a `modules.json` names.
         metadata: the `__metadata__` of each safetensors file.
-        fingerprint: sha256 over config.json, all headers, the sizes and the commit; no tensor is read for it.
+        fingerprint: sha256 over config.json, all headers, the sizes and the commit, or without one samples of tensors
+            and all that a `modules.json` names.
+        modules: what that names.
         stored_in: the files that go by another name: name → the file's own.
         notes: what the user must know about how it is read.
         readme: the content of README.md, the model card; empty where there is none.
@@ -65,6 +65,7 @@ class Checkpoint:
     readme: str
     place: Folder | HubCommit | Streamed = field(repr=False)
     stored_in: dict[str, str] = field(default_factory=dict)
+    modules: Modules = field(default_factory=Modules)
     notes: tuple[str, ...] = ()
 
     def path(self, file: str) -> Path:
@@ -90,10 +91,14 @@ class Folder:
     revision: str | None
     sizes: dict[str, int]
 
-    def files_in(self, folder: str) -> list[str]:
-        """The files in one folder of it, and in folders in that."""
-        paths = (self.folder / folder).rglob("*")
-        return [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
+    def files_in(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in one folder of it, and in folders in that, by path."""
+        try:
+            paths = [path for path in (self.folder / folder).rglob("*") if path.is_file()]
+            return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+        except OSError as error:
+            why = f"cannot read `{self.folder / folder}`, which {MODULES} names: {error.strerror or error}"
+            raise LoftqError(why) from error
 
     def path(self, file: str) -> Path:
         """The path of one file, which must not lead out of the folder."""
@@ -129,10 +134,11 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     if index is not None:
         check_index(index, headers)
     has_code = "auto_map" in config
-    side_files = choose_side_files(place.sizes, has_code)
+    modules = Modules(has_code=has_code)
     if MODULES in place.sizes:
-        inside = [file for folder in module_folders(json_value(place.path(MODULES))) for file in place.files_in(folder)]
-        side_files += choose_module_files(set(inside), has_code)
+        modules = find_modules(json_value(place.path(MODULES)), place.files_in, has_code)
+    side_files = (*choose_side_files(place.sizes, modules.has_code), *modules.files)
+    computing = (MODULES, *modules.files) if MODULES in place.sizes else ()
     if isinstance(place, Folder):
         for name in side_files:
             place.path(name)  # a link out of the folder is refused now, not after hours of work
@@ -144,7 +150,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         config=plain,
         files=files,
         tensors=tensors,
-        file_sizes=place.sizes,
+        file_sizes=place.sizes | modules.files,
         index=index,
         side_files=side_files,
         metadata={file: header.metadata for file, header in headers.items()},
@@ -153,11 +159,13 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             place.path("config.json"),
             headers,
             lambda file: place.path(weights.stored_in.get(file, file)),
+            computing,
         ),
         readme=place.path(README).read_text(encoding="utf-8", errors="replace") if README in place.sizes else "",
         place=place,
         stored_in=weights.stored_in,
-        notes=(note,) if note else (),
+        modules=modules,
+        notes=((note,) if note else ()) + modules.notes,
     )
 
 
