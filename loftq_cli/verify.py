@@ -26,6 +26,7 @@ from loftq_cli.report import REWRITTEN, SCHEMA, base_fingerprint, pooled
 from loftq_cli.stored import Factors, factor_names, stored_tensor, stored_weight
 from loftq_cli.worker import hash_tensor, relative
 
+MODULE_WEIGHTS = (".safetensors", ".bin")  # among side files: of modules beside the model
 TOLERANCE = 1e-4  # of a relative error: float32 sums differ between devices and thread counts
 
 
@@ -106,21 +107,21 @@ def verify(out: Path, source: str | None = None, progress: Callable[[str, int], 
 
 
 def check_files(out: Path, report: dict[str, Any]) -> list[str]:
-    """The files of base and adapter have the hashes in the report, and the others are there."""
+    """The files of base and adapter, and weights of other modules, have the hashes in the report; the rest is there."""
     violations = []
-    for name, expected in report["files"].items():
-        path = out / name
+    for name, expected in (report["files"] | report["side_files"]).items():
+        path, is_copy = out / name, name in report["side_files"] and not name.endswith(MODULE_WEIGHTS)
         if not path.is_file():
             violations.append(f"`{name}` is missing")
-        elif (actual := hash_file(path)) != expected:
+        elif not is_copy and (actual := hash_file(path)) != expected:
             violations.append(f"`{name}`: sha256 is {actual[:12]}…, the report says {expected[:12]}…")
-    return violations + [f"`{name}` is missing" for name in report["side_files"] if not (out / name).is_file()]
+    return violations
 
 
 def _edited(out: Path, report: dict[str, Any]) -> tuple[str, ...]:
     """The copies of the source's files that differ from what was copied."""
-    there = {name: sha256 for name, sha256 in report["side_files"].items() if (out / name).is_file()}
-    return tuple(name for name, sha256 in there.items() if hash_file(out / name) != sha256)
+    copies = (item for item in report["side_files"].items() if not item[0].endswith(MODULE_WEIGHTS))
+    return tuple(name for name, sha256 in copies if (out / name).is_file() and hash_file(out / name) != sha256)
 
 
 def check_all_tensors(out: Path, report: dict[str, Any]) -> list[str]:

@@ -78,7 +78,11 @@ def test_they_follow_the_model(model: Path, tmp_path: Path) -> None:
 
     dense = out / "2_Dense/model.safetensors"
     dense.write_bytes(dense.read_bytes()[:-1] + b"x")
-    assert verify(out).edited == ("2_Dense/model.safetensors",)
+    changed = verify(out)
+    assert ["2_Dense/model.safetensors" in line and "sha256" in line for line in changed.violations] == [True]
+    assert changed.edited == ()
+    with pytest.raises(LoftqError, match=r"2_Dense/model.safetensors.*sha256"):
+        merge(out, tmp_path / "changed")
     dense.unlink()
     assert verify(out).violations == ("`2_Dense/model.safetensors` is missing",)
 
