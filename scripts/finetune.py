@@ -180,9 +180,8 @@ def fill_item(
                     break
                 rows = [item | {"task": name} | row for row in run(tuned, tasks[name], pairs)]
                 results.add(runs=rows)
-                for row in rows:
-                    done = f"{name}, seed {row['seed']}, rate {row['lr']:g}: {row['seconds']:.1f} s"
-                    say(f"  {done}, {len(rows)} at once", row["test"])
+                for row in rows:  # the seconds are those of all
+                    say(f"  {name}, seed {row['seed']}, rate {row['lr']:g}: {row['seconds']:.1f} s", row["test"])
 
 
 def guess(flags: list[str]) -> float:
