@@ -228,6 +228,9 @@ def test_the_papers_mixed_precision_at_any_depth(config: str, average: float, fo
     assert {job.bits for job in found.jobs if job.block == "model.layers.0"} == {4}
     with pytest.raises(LoftqError, match=r"one number of `bits`, not 4 .* and 2"):
         plan_quantize(str(model), load_config(file, {"device": "cpu", "format": "gptq", "quantizer": "uniform"}))
+    flags = {"device": "cpu", "format": "compressed-tensors", "quantizer": "uniform-symmetric"}
+    with pytest.raises(LoftqError, match=r"its loader takes one number of `bits` for all layers, not 4 .* and 2"):
+        plan_quantize(str(model), load_config(file, flags))
 
 
 def test_bits_per_weight_counts_scales_zero_points_and_indices(tiny_llama: Path) -> None:
