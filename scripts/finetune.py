@@ -55,6 +55,7 @@ BEYOND = {  # what may bring 2 bits nearer to 16: more bytes, training, windows,
     "finish-12": f"{BEST} --finish-epochs 12",
     "windows-240": f"{BEST} --samples 240",  # all that there are in the text
     "task-text": f"{BEST} --calibration {TASK_TEXT}",
+    "task-text-more": f"{BEST} --calibration {TASK_TEXT} --samples 240 --finish-epochs 12",
 }
 ONLY_AT = {name: ("2",) for name in ("apiq-bw-paper", *BEYOND, *CONTROLS)}  # the first's 20 epochs take long
 NAMES = (FULL, *bench_perplexity.ARMS, *BEYOND, *CONTROLS)
@@ -235,8 +236,7 @@ def parse(given: list[str]) -> argparse.Namespace:
             parser.error(f"--arm {arm!r}: not NAME=FLAGS, or the name is taken")
         extra[name] = flags
     names = parsed.arms or ([] if extra else [FULL, *ARMS, *BEYOND, *CONTROLS])
-    known = bench_perplexity.ARMS | BEYOND | CONTROLS
-    parsed.arms = {name: known.get(name, "") for name in names} | extra
+    parsed.arms = {name: (bench_perplexity.ARMS | BEYOND | CONTROLS).get(name, "") for name in names} | extra
     parsed.sizes = {
         name: replace(size, rates=tuple(parsed.lrs)) if parsed.lrs else size for name, size in SIZES.items()
     }
