@@ -33,7 +33,7 @@ from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods import squared_norm
-from loftq_cli.methods.trained import Fit, alone
+from loftq_cli.methods.training import Fit, alone
 from loftq_cli.outputs import Outputs
 from loftq_cli.plan import Plan
 from loftq_cli.ranks import Ranks, processes_here

@@ -34,7 +34,7 @@ from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightJob
 from loftq_cli.journal import WORK_FOLDER
 from loftq_cli.methods.apiq import relative_error
-from loftq_cli.methods.trained import Fit, Training, train
+from loftq_cli.methods.training import Fit, Training, train
 from loftq_cli.plan import Plan
 from loftq_cli.resume import find, read_back
 

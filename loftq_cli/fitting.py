@@ -18,7 +18,8 @@ from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.methods import Decomposition, Inputs
 from loftq_cli.methods.apiq import fit_block, fit_layer
-from loftq_cli.methods.trained import Fit, TrainedWeight, Training, alone
+from loftq_cli.methods.trained import TrainedWeight
+from loftq_cli.methods.training import Fit, Training, alone
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.stopwatch import Stopwatch

@@ -42,6 +42,7 @@ def claim_process() -> None:
     # By default its threads spin so long for each other that a run beside any busy process takes five times as long;
     # alone, this costs 3 %, and not to spin at all would cost 200 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which training repeats: see methods/training.py
     gc.set_threshold(200_000)  # imports make a million objects that stay: looking for garbage among them takes 0.7 s
 
 

@@ -26,7 +26,7 @@ from loftq_cli.methods import (
     without_factors,
     zero_start,
 )
-from loftq_cli.methods.trained import Fit
+from loftq_cli.methods.training import Fit
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers.base import fitted, unstack
 from loftq_cli.quantizers.base import residual as residual_of

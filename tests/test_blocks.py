@@ -6,6 +6,8 @@ import copy
 import importlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.meta_model import build_to_run, state_keys
-from loftq_cli.methods.trained import Training, alone, train
+from loftq_cli.methods.training import Training, alone, train
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import find_targets
 from loftq_cli.verify import verify
@@ -209,6 +211,28 @@ def test_processes_average_each_parameter_with_itself() -> None:
     assert (fit.steps, fit.skipped) == (3, 1)
     assert fit.after < fit.before == 2.0
     assert set(seen) == {2, 5}  # what held-out samples say, and all gradients
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["all repeats", "one operation does not"])
+def test_training_repeats_wherever_it_can(repeats: bool) -> None:
+    """What torch only warns of, attention does on a GPU: gradients summed in whatever order."""
+    factor, modes = torch.nn.Parameter(torch.ones(3)), list[str]()
+
+    def loss_of(batch: float) -> Tensor:
+        warns, on = torch.is_deterministic_algorithms_warn_only_enabled(), torch.are_deterministic_algorithms_enabled()
+        modes.append("judged" if not on else "warned" if warns else "strict")
+        if not repeats and on:  # for this, torch has no way to do it
+            torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+        return (factor * batch).square().sum()
+
+    how = Training(epochs=2, factor_lr=0.1)
+    fit = train([([factor], how.factor_lr)], [1.0, 2.0], [1.0], loss_of, how)
+    assert modes == [
+        "judged", *(["strict"] * 2 if repeats else ["strict", "warned", "warned"]), "judged",
+        *["strict" if repeats else "warned"] * 2, "judged",
+    ]  # fmt: skip
+    assert (fit.steps, fit.skipped) == (4, 0)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_micro_batches_keep_held_out_samples_apart() -> None:
@@ -506,6 +530,26 @@ def test_ranks_without_samples_are_refused(speaking: Path, text: Path, tmp_path:
     refused = run([*words, f"--calibration={text}", "--seqlen=32", "--samples=1", str(speaking), str(tmp_path)], 2)
     assert refused.returncode != 0
     assert "2 processes have 1 samples" in refused.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_repeats_itself_on_long_texts(tmp_path: Path) -> None:
+    """There attention takes keys apart, and by itself it adds the parts of a gradient in whatever order."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**LLAMA, "vocab_size": 300, "max_position_embeddings": 2048})
+    tf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(20000)))
+    how = "--method apiq-bw --epochs 2 --finish-epochs 1 --samples 8 --seqlen 1024 --bits 2 --rank 4 --group-size 32"
+    command = [sys.executable, "-m", "loftq_cli", "quantize", "--json", "-q", *how.split(), "--device", "cuda"]
+    command += ["--calibration", str(tmp_path / "text.txt"), str(tmp_path / "model")]
+    files = []
+    for name in ("one", "other"):
+        ran = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        files.append(json.loads(ran.stdout)["files"])
+    assert files[0] == files[1]
 
 
 @pytest.mark.gpu

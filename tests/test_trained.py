@@ -12,7 +12,8 @@ from torch import Tensor
 from loftq_cli.methods import METHODS, Inputs, qera
 from loftq_cli.methods.apiq import fit_layer
 from loftq_cli.methods.base import Decomposition
-from loftq_cli.methods.trained import TrainedWeight, Training
+from loftq_cli.methods.trained import TrainedWeight
+from loftq_cli.methods.training import Training
 from loftq_cli.quantizers import Lloyd, NormalFloat, NormalFloatSearch, Uniform, UniformSymmetric, dequantize
 
 F16, BF16 = torch.float16, torch.bfloat16

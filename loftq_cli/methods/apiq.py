@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.methods.inputs import Inputs
-from loftq_cli.methods.trained import Batch, Fit, TrainedWeight, Training, alone, train
+from loftq_cli.methods.trained import TrainedWeight
+from loftq_cli.methods.training import Batch, Fit, Training, alone, train
 
 
 def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs, steps: int, how: Training) -> Fit:

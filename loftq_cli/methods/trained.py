@@ -1,19 +1,13 @@
-"""A quantized weight with its factors while they are trained, and the training itself.
+"""A quantized weight with its factors while they are trained.
 
 Shapes: m = out_features, n = in_features, g = group_size, G = groups of a row, r = rank.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -24,8 +18,6 @@ from loftq_cli.quantizers.nested import nest, unnest
 
 CLIP_START = 4.0  # of ApiQ's clip factors before the sigmoid: 0.982 of a group's range
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
-
-Batch = TypeVar("Batch")
 
 
 class TrainedWeight(nn.Module):
@@ -168,128 +160,3 @@ def _twice(scale: Tensor) -> Tensor:
 def _divisor(scale: Tensor) -> Tensor:
     """Scales [m, G, 1] to divide by: a group of zeros may have the scale zero."""
     return scale.where(scale != 0, 1)[..., None]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train: passes over the batches, and AdamW's rates for factors, for clip factors or scales, for codes."""
-
-    epochs: int
-    factor_lr: float
-    clip_lr: float = 0.0
-    code_lr: float = 0.0
-    weight_decay: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite.
-
-    None is a loss that was not finite.
-    """
-
-    before: float | None
-    after: float | None
-    steps: int
-    skipped: int
-
-
-def alone(tensor: Tensor) -> None:
-    """The mean over processes, where there is one."""
-
-
-def train(
-    groups: Sequence[tuple[Sequence[Tensor], float]],
-    batches: Sequence[Batch],
-    held_out: Sequence[Batch],
-    loss_of: Callable[[Batch], Tensor],
-    how: Training,
-    mean: Callable[[Tensor], None] = alone,
-) -> Fit:
-    """Train parameters on `batches` in an order drawn anew for each epoch; keep what is best on held-out samples.
-
-    That may be the state at the start. Rates fall to zero along a cosine.
-
-    Args:
-        groups: what trains, and at which rate.
-        batches: what `loss_of` takes; as many in every process.
-        held_out: those that decide.
-        loss_of: the loss of a batch, differentiable; where its gradients are not finite the step is skipped.
-        how: see `Training`; its rates are in `groups`.
-        mean: replaces a tensor by its mean over all processes that train together.
-    """
-    parameters = [parameter for group, _ in groups for parameter in group]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group), "lr": rate} for group, rate in groups if group],
-        weight_decay=how.weight_decay,
-        fused=True,
-    )
-    steps = how.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    # it skips the step of gradients that are not finite without waiting for the device to say so
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-    generator = torch.Generator().manual_seed(how.seed)
-
-    def judge() -> Tensor:
-        with torch.no_grad():
-            losses = [torch.zeros((), device=device), *(loss_of(batch).float() for batch in held_out)]
-            total = torch.stack([torch.stack(losses).sum(), torch.full((), float(len(held_out)), device=device)])
-            mean(total)
-            return (total[0] / total[1]).nan_to_num(math.inf, math.inf, math.inf)
-
-    def share_gradients() -> None:
-        """Make gradients their means over the processes."""
-        if mean is alone:
-            return
-        for parameter in parameters:  # a weight may have had no part in this batch, and one in another process
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        mean(flat)
-        for parameter, shared in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = shared.view_as(parameter)
-
-    def step(batch: Batch) -> None:
-        loss = loss_of(batch)
-        scaler.scale(loss).backward()
-        share_gradients()
-        scaler.step(optimizer)
-        scaler.update(1.0)
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-
-    first = least = judge()
-    best = [parameter.detach().clone() for parameter in parameters]
-    for _ in range(how.epochs):
-        with _repeatable():
-            for i in torch.randperm(len(batches), generator=generator).tolist():
-                step(batches[i])
-        now = judge()
-        better = now < least
-        least = torch.where(better, now, least)
-        for kept, parameter in zip(best, parameters, strict=True):
-            torch.where(better, parameter.detach(), kept, out=kept)
-    with torch.no_grad():
-        for kept, parameter in zip(best, parameters, strict=True):
-            parameter.copy_(kept)
-    taken = max(int(state["step"]) for state in optimizer.state.values())
-    before, after = (loss if math.isfinite(loss) else None for loss in (first.item(), least.item()))
-    return Fit(before, after, steps, steps - taken)
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """Inside, a GPU sums gradients in the same order each time: attention, for one, else takes them as they come."""
-    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    fills = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*determinis")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
-        memory.fill_uninitialized_memory = fills
