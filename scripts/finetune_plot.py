@@ -15,8 +15,8 @@ from finetune_train import CURVE
 
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 380, 230, 56, 34, 190  # of a panel, its margins, and what names the lines
 COLORS = (
-    "#000000", "#999999", "#c7a76c", "#e69f00", "#d55e00", "#f0c419", "#56b4e9", "#0072b2", "#009e73", "#cc79a7",
-    "#7a3db8", "#8c564b", "#1b9e77", "#e7298a", "#66a61e", "#a6761d", "#1f78b4", "#fb9a99",
+    "#000000", "#999999", "#d55e00", "#e69f00", "#8c564b", "#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#7a3db8",
+    "#b8b800", "#1b9e77", "#e7298a", "#66a61e", "#a6761d", "#1f78b4", "#fb9a99", "#c7a76c",
 )  # fmt: skip
 TITLES = {"headlines": "headlines", "austen": "Austen"}
 
