@@ -176,6 +176,8 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
                 "resume with the settings it was begun with, choose another OUT, or `--overwrite` it",
             )
         if not resume:
+            with _locked(out):  # else who starts a run twice would be told to resume the first
+                pass
             raise LoftqError(
                 f"`{out}` holds an unfinished run",
                 f"finish it with `{again('--resume')}`, or replace it with `--overwrite`",
@@ -215,38 +217,43 @@ def claimed(out: Path, identity: Identity, resume: bool, overwrite: bool) -> Ite
     if work.is_symlink():  # what it points to would be emptied
         raise LoftqError(f"`{work}` is a link", "remove it, or choose another OUT")
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
+    with _locked(out):
+        try:
+            if overwrite:
+                remove_outputs(out)
+            elif finished_identity(out) is not None and check_out(out, identity, resume, overwrite):
+                yield None
+                return
+            journal = Journal(work)
+            refused = False
+            try:
+                yield journal
+            except LoftqError:
+                refused = True
+                raise
+            finally:
+                journal.close()
+                journal.load()
+                # of what was refused on the way, copies alone are not worth keeping
+                anything = not refused and any(file.written or file.sha256 for file in journal.files.values())
+                if journal.path.exists() and not journal.rows and not anything:
+                    with suppress(OSError, LoftqError):  # what stopped the run is what matters
+                        remove_outputs(out)
+        finally:
+            if not (work / JOURNAL_FILE).exists():
+                shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
+                if created and out.exists() and not any(out.iterdir()):
+                    out.rmdir()
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(out / WORK_FOLDER / "lock").acquire(timeout=0)
     except Timeout:
         raise LoftqError(f"another run is writing to `{out}`", "wait for it, or choose another OUT") from None
-    try:
-        if overwrite:
-            remove_outputs(out)
-        elif finished_identity(out) is not None and check_out(out, identity, resume, overwrite):
-            yield None
-            return
-        journal = Journal(work)
-        refused = False
-        try:
-            yield journal
-        except LoftqError:
-            refused = True
-            raise
-        finally:
-            journal.close()
-            journal.load()
-            # of what was refused on the way, copies alone are not worth keeping
-            anything = not refused and any(file.written or file.sha256 for file in journal.files.values())
-            if journal.path.exists() and not journal.rows and not anything:
-                with suppress(OSError, LoftqError):  # what stopped the run is what matters
-                    remove_outputs(out)
-    finally:
-        if not (work / JOURNAL_FILE).exists():
-            shutil.rmtree(work, ignore_errors=True)  # while the lock is held: nobody else is in it
-            if created and out.exists() and not any(out.iterdir()):
-                out.rmdir()
-        lock.release()
+    with held:
+        yield
 
 
 def remove_outputs(out: Path) -> None:

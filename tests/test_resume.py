@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -353,13 +354,14 @@ def test_a_finished_out_that_lacks_a_file_is_not_called_finished(tiny_llama: Pat
             pipeline.quantize(tiny_llama, out, **OPTIONS)
 
 
-def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_two_runs_on_one_out(sharded_llama: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     out = tmp_path / "out"
     refusals = []
 
     def second_run(name: str, size: int) -> None:
         with pytest.raises(LoftqError) as refused:
-            pipeline.quantize(sharded_llama, out, resume=True, **OPTIONS)
+            pipeline.quantize(sharded_llama, out, **{**OPTIONS, **how})
         refusals.append(refused.value.message)
 
     pipeline.quantize(sharded_llama, out, progress=second_run, **OPTIONS)
