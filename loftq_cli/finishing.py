@@ -82,7 +82,8 @@ def finish(
     def loss_of(rows: slice) -> Tensor:
         if torch.is_grad_enabled() and (step := next(steps)) % len(batches) == 0:
             passed = plan.weight_bytes // config.finish_epochs if step else 0
-            tell(f"finish, epoch {step // len(batches) + 1} of {config.finish_epochs}", passed)
+            epoch = min(step // len(batches) + 1, config.finish_epochs)  # a step that had to be repeated counts twice
+            tell(f"finish, epoch {epoch} of {config.finish_epochs}", passed)
         with torch.no_grad():
             wanted, are_logits = stream.said(rows, ends)
         return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)
