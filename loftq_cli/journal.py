@@ -176,7 +176,7 @@ def check_out(out: Path, identity: Identity, resume: bool, overwrite: bool) -> b
                 "resume with the settings it was begun with, choose another OUT, or `--overwrite` it",
             )
         if not resume:
-            with _locked(out):  # else who starts a run twice would be told to resume the first
+            with suppress(OSError), _locked(out):  # else who starts a run twice would be told to resume the first
                 pass
             raise LoftqError(
                 f"`{out}` holds an unfinished run",

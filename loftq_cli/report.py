@@ -289,6 +289,7 @@ def import_loader(report: Mapping[str, Any]) -> None:
 
 def install_line(report: Mapping[str, Any]) -> str:
     """What must be installed to load."""
-    # earlier ones take experts' parameters for transposed
-    peft = "peft>=0.19.1" if report["adapter_config"].get("target_parameters") else "peft"
+    # earlier ones take experts' parameters for transposed, and load nothing of models that have experts
+    mixture = report["adapter_config"].get("target_parameters") or any("expert" in row for row in report["weights"])
+    peft = "peft>=0.20" if mixture else "peft"
     return shlex.join(["pip", "install", "transformers", peft, *report["load"]["requirements"]])

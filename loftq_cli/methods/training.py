@@ -32,13 +32,14 @@ class Training:
 class Fit:
     """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite.
 
-    None is a loss that was not finite.
+    None is a loss that was not finite. `repeatable`: done again on the same GPU, it gives the same bytes.
     """
 
     before: float | None
     after: float | None
     steps: int
     skipped: int
+    repeatable: bool
 
 
 def alone(tensor: Tensor) -> None:
@@ -100,6 +101,7 @@ def train(
 
     def step(batch: Batch) -> None:
         nonlocal strict
+        began_strict = strict
         try:
             scaler.scale(loss_of(batch)).backward()
         except RuntimeError as error:
@@ -107,6 +109,7 @@ def train(
                 raise
             strict = False  # something in this model has no such sum, and all else keeps to it as far as it can
             torch.use_deterministic_algorithms(True, warn_only=True)
+        if strict != began_strict:  # again, with what was kept for the first time let go
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss_of(batch)).backward()
         share_gradients()
@@ -131,7 +134,7 @@ def train(
             parameter.copy_(kept)
     taken = max(int(state["step"]) for state in optimizer.state.values())
     before, after = (loss if math.isfinite(loss) else None for loss in (first.item(), least.item()))
-    return Fit(before, after, steps, steps - taken)
+    return Fit(before, after, steps, steps - taken, strict)
 
 
 @contextmanager
