@@ -188,7 +188,6 @@ def make_jobs(
         rules = (bits for glob, bits in config.bits_for.items() if module in selected[glob])
         bits = [config.bits, *rules][-1]  # the last rule wins, as in a .gitignore
         expert = targets.experts.get(tensor)
-        takes_adapter = config.experts_adapter or (expert is None and module not in targets.retargeted)
         block = BLOCK.match(module) if expert is None else None
         assert config.quantizer is not None
         jobs.append(
@@ -203,7 +202,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer if bits < 8 or config.quantizer in GRIDS else "uniform",
                 block=block[0] if block else None,
-                rank=config.rank if takes_adapter else 0,
+                rank=config.rank if config.experts_adapter or expert is None else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
                 embedding=tensor in targets.embeddings,
@@ -256,8 +255,10 @@ def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
     if config.experts_adapter and all(job.expert is None for job in jobs):
         raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
     if all(job.rank == 0 for job in jobs):
-        why = "experts have one with `--experts-adapter` alone, and PEFT takes that of layers called alike for theirs"
-        raise LoftqError(f"no adapter is left: {why}", "`--skip` fewer layers, such as those of attention")
+        is_expert = all(job.expert is not None for job in jobs)
+        why = "experts have one with `--experts-adapter` alone" if is_expert else "PEFT would put it on the experts"
+        hint = "`--skip` fewer layers, such as those of attention"
+        raise LoftqError(f"no adapter is left: {why}", hint if is_expert else f"{hint}; or use `--format dense`")
     if too_small := [job for job in jobs if job.rank > min(job.shape)]:
         largest = min(min(job.shape) for job in too_small)
         raise LoftqError(
@@ -296,5 +297,4 @@ def _name(jobs: list[WeightJob]) -> str:
 
 def reasons(skipped: dict[str, str]) -> str:
     """Count skipped tensors by reason, in a sentence."""
-    counts = Counter(skipped.values()).items()
-    return "tensors left alone: " + ", ".join(f"{count} × {reason}" for reason, count in counts)
+    return "tensors left alone: " + ", ".join(f"{count} × {why}" for why, count in Counter(skipped.values()).items())

@@ -177,22 +177,35 @@ DEEPSEEK: dict[str, Any] = {
     "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-BESIDE = [  # layers whose last names PEFT would rewrite to parameters of experts
-    f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", "1.mlp.shared_experts") for name in ("down", "gate", "up")
-]
 
 
-@pytest.fixture(scope="module")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deepseek")
-    torch.manual_seed(0)
-    model = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK))
+def saved(model: Any, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return saved(tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK)), tmp_path_factory.mktemp("deepseek"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer is dense, as is `mlp` of DeepSeek's first; the other's shared expert is called otherwise."""
+    sizes = {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [0],
+    }
+    torch.manual_seed(0)
+    model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**{**DECODER, **sizes}))
+    return saved(model, tmp_path_factory.mktemp("qwen"))
 
 
 def attach(out: Path) -> Any:
@@ -209,14 +222,48 @@ def layers_with_adapter(model: Any) -> dict[str, Any]:
     return {name.removeprefix("base_model.model."): module for name, module in found.items()}
 
 
-@pytest.mark.parametrize("format", ["packed", "dense", "bnb"])
+def beside(model: Path) -> list[str]:
+    """Layers whose last names PEFT would rewrite to parameters of experts."""
+    shared = "shared_expert" if model.name.startswith("qwen") else "shared_experts"
+    return [
+        f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", f"1.mlp.{shared}") for name in ("down", "gate", "up")
+    ]
+
+
+def check_adapted(model: Path, out: Path, dest: Path) -> Any:
+    """What PEFT adds to the layers beside experts is what the report says, trains, and merges; returns its model."""
+    rows = {row["name"]: row for row in report_of(out)["weights"]}
+    assert verify(out, str(model)).violations == ()
+    adapted, source = attach(out).train(), tf.AutoModelForCausalLM.from_pretrained(model)
+    found = layers_with_adapter(adapted)
+    for name in beside(model):
+        assert rows[name]["rank"] == 4
+        W = source.get_submodule(name).weight.double()
+        layer = found[name]
+        rest = W - layer.get_base_layer().weight.double() - layer.get_delta_weight("default").double()
+        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
+        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
+    ids = torch.arange(3, 19)[None]
+    logits = adapted(ids).logits
+    logits.square().mean().backward()
+    trained = [p.grad for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(trained) >= 2 * len(found)
+    assert all(grad is not None and grad.any() for grad in trained)
+    merge(out, dest)
+    merged = tf.AutoModelForCausalLM.from_pretrained(dest)(ids).logits
+    assert torch.allclose(logits, merged, atol=1e-5 * merged.abs().max().item())
+    return adapted
+
+
+@pytest.mark.parametrize("format", ["packed", "bnb"])
 def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path, format: str) -> None:
     made = planned(deepseek, format=format, bits=4, group_size=32)
     ranks = adapted(made)
-    assert {name: ranks.get(name) for name in BESIDE} == dict.fromkeys(BESIDE, 0)
+    assert {name: ranks.get(name) for name in beside(deepseek)} == dict.fromkeys(beside(deepseek), 0)
     assert {rank for name, rank in ranks.items() if ".self_attn." in name} == {4}
     assert not [name for name, why in made.skipped.items() if "PEFT" in why]
-    assert any("6 of other layers" in note and "PEFT would put it on the experts" in note for note in made.notes)
+    (note,) = (note for note in made.notes if "6 weights of other layers" in note)
+    assert "PEFT would put it on the experts: `--format dense` gives them one" in note
     if format == "bnb":
         pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"
@@ -229,23 +276,48 @@ def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", ["deepseek", "qwen"])
+def test_in_dense_they_have_an_adapter(
+    family: str, rslora: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, out = request.getfixturevalue(family), tmp_path / "out"
+    report = quantize(model, out, format="dense", rslora=rslora, alpha=8, **OPTIONS)
+    adapted = check_adapted(model, out, tmp_path / "merged")
+    assert layers_with_adapter(adapted).keys() == {row["name"] for row in report["weights"] if row["rank"]}
+    assert all(("expert" in row) == (row["rank"] == 0) for row in report["weights"])
+    told = "have their bits, and no adapter; all other weights have one"
+    assert told in (out / "README.md").read_text()
+    assert not [note for note in planned(model, format="dense").notes if "other layers" in note]
+
+
+def test_ranks_follow_the_format_that_auto_comes_to(deepseek: Path) -> None:
+    assert planned(deepseek).config.format == "packed"
+    assert {adapted(planned(deepseek))[name] for name in beside(deepseek)} == {0}
+    made = planned(deepseek, skip=("*.experts.0.*",))  # `packed` has all experts of a layer or none
+    assert made.config.format == "dense"
+    assert {adapted(made)[name] for name in beside(deepseek)} == {4}
+    stored = {spec.name for spec in made.adapter_layout}
+    assert {f"base_model.model.{name}.lora_B.weight" for name in beside(deepseek)} <= stored
+
+
+def test_a_rank_above_a_side_of_theirs_is_refused_where_they_have_one(deepseek: Path) -> None:
+    options: dict[str, Any] = {"rank": 33, "skip": ("*kv_*", "*.q_*")}
+    assert planned(deepseek, **options).config.format == "packed"
+    with pytest.raises(LoftqError, match=r"`--rank 33` is above .*shared_experts"):
+        planned(deepseek, format="dense", **options)
+
+
+def test_in_dense_they_may_be_all_that_has_one(deepseek: Path, tmp_path: Path) -> None:
+    quantize(deepseek, tmp_path / "out", format="dense", skip=("*.self_attn.*",), **OPTIONS)
+    assert layers_with_adapter(check_adapted(deepseek, tmp_path / "out", tmp_path / "merged")).keys() == {
+        *beside(deepseek)
+    }
+
+
 def test_with_an_adapter_on_experts_they_have_one_too(deepseek: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = quantize(deepseek, out, experts_adapter=True, **OPTIONS)
-    rows = {row["name"]: row for row in report["weights"]}
-    assert {rows[name]["rank"] for name in BESIDE} == {4}
-    assert verify(out, str(deepseek)).violations == ()
-    model, source = attach(out), tf.AutoModelForCausalLM.from_pretrained(deepseek)
-    found = layers_with_adapter(model)
-    for name in BESIDE:
-        W = source.get_submodule(name).weight.double()
-        rest = W - found[name].get_base_layer().weight.double() - found[name].get_delta_weight("default").double()
-        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
-        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
-    merge(out, tmp_path / "merged")
-    ids = torch.arange(3, 19)[None]
-    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
-    assert torch.allclose(model(ids).logits, merged, atol=1e-5 * float(merged.abs().max()))
+    quantize(deepseek, tmp_path / "out", experts_adapter=True, **OPTIONS)
+    check_adapted(deepseek, tmp_path / "out", tmp_path / "merged")
 
 
 @pytest.fixture(scope="module")
@@ -266,30 +338,36 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("format", ["packed", "dense"])
 @pytest.mark.parametrize("how", CALIBRATED.values(), ids=CALIBRATED)
 def test_calibrated_methods_round_them_to_text(
-    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any]
+    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any], format: str
 ) -> None:
     (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(900)))
     out, model = tmp_path / "out", without_experts if "finish_epochs" in how else deepseek
-    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": "packed"}
+    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": format}
     report = quantize(model, out, **{**OPTIONS, **text, **how})
     assert verify(out, str(model)).violations == ()
     rows = {row["name"]: row for row in report["weights"]}
-    beside = BESIDE[:3] if model == without_experts else BESIDE
-    assert all(rows[name]["rank"] == 0 < rows[name]["output_error"] for name in beside)
+    names = beside(model)[:3] if model == without_experts else beside(model)
+    rank = 4 if format == "dense" else 0
+    assert all(rows[name]["rank"] == rank and rows[name]["output_error"] > 0 for name in names)
     assert {row["rank"] for name, row in rows.items() if ".self_attn." in name} == {4}
     if how == {"method": "cloq"}:
         options = {key: value for key, value in OPTIONS.items() if key != "iters"}
         quantize(model, tmp_path / "plain", **{**options, **text, "method": "qera"})  # which rounds to nearest
         plain = {row["name"]: row for row in report_of(tmp_path / "plain")["weights"]}
-        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in beside)
+        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in names)
 
 
 def test_a_plan_without_any_adapter_is_refused(deepseek: Path) -> None:
     with pytest.raises(LoftqError, match="no adapter is left") as refused:
         planned(deepseek, skip=("*.self_attn.*",))
     assert "--skip" in refused.value.hint
+    assert "--format dense" in refused.value.hint
+    with pytest.raises(LoftqError, match="no adapter is left: experts") as refused:
+        planned(deepseek, skip=("*.self_attn.*", "*.shared_experts.*", "*.0.mlp.*"))
+    assert "--format dense" not in refused.value.hint
 
 
 def test_a_layer_more_than_transformers_has_is_kept_as_it_is(deepseek: Path, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ class Format(Protocol):
     """A format is a module with these names; one row in `FORMATS` adds it.
 
     It may also have `load_imports` (modules that must be imported to load it), `keeps_layers` (true where the loaded
-    model has the source's own layers, not others in their place), `scale_dtype` (what the scales of `nf`
-    are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`, `remote_code(plan)`,
-    which makes a `RemoteCode`, or None, and `remote_notes`, more `load_notes` where it has made one.
+    model has the source's own layers, whose weights are parameters, not others in their place), `scale_dtype` (what
+    the scales of `nf` are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`,
+    `remote_code(plan)`, which makes a `RemoteCode`, or None, and `remote_notes`, more `load_notes` where it has made
+    one.
     """
 
     name: str
