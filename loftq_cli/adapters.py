@@ -26,13 +26,17 @@ EXPERT_FACTORS = "expert_factors.safetensors"  # in the work folder
 
 
 def for_format(jobs: tuple[WeightJob, ...], targets: Targets, output: Format) -> tuple[WeightJob, ...]:
-    """`jobs` without the adapter of layers that PEFT would take for experts, unless their weights are parameters.
+    """`jobs` with the adapter of layers that PEFT would take for experts, as far as they can have it in `output`.
 
-    For then they can be `target_parameters`, which PEFT takes by the names that they have.
+    They can where their weights are parameters, for PEFT takes `target_parameters` by the names that they have; or
+    where they can be wrapped, and so called otherwise.
     """
     if getattr(output, "keeps_layers", False):
         return jobs
-    return tuple(replace(job, rank=0) if job.module in targets.retargeted else job for job in jobs)
+    wraps = getattr(output, "wraps_layers", False)
+    return tuple(
+        replace(job, wrapped=wraps, rank=job.rank * wraps) if job.module in targets.retargeted else job for job in jobs
+    )
 
 
 def about_experts(jobs: Iterable[WeightJob]) -> str | None:
@@ -43,7 +47,7 @@ def about_experts(jobs: Iterable[WeightJob]) -> str | None:
         flag = "`--experts-adapter` gives them one, in `dense`"
         told.append(f"experts: {without['experts']} weights get bits and no adapter ({flag})")
     if without["others"]:
-        why = "because PEFT would put it on the experts: `--format dense` gives them one"
+        why = "because PEFT would put it on the experts: `--format packed` and `dense` give them one"
         told.append(f"{without['others']} weights of other layers get bits and no adapter, {why}")
     return "; ".join(told) or None
 

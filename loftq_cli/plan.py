@@ -28,10 +28,9 @@ from loftq_cli.jobs import (
     choose_linears,
     make_batches,
     make_jobs,
-    ragged_groups,
     reasons,
-    refuse_misfits,
 )
+from loftq_cli.misfits import ragged_groups, refuse_misfits
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 

@@ -200,7 +200,7 @@ def about_experts(report: Mapping[str, Any]) -> str | None:
     experts = [row for row in report["weights"] if "expert" in row]
     others = [row for row in report["weights"] if "expert" not in row and not row["rank"]]
     why = f"{len(others)} weights of other layers have no adapter, because PEFT would put it on the experts"
-    rest = f"{why} (in `dense` they have one)" if others else "all other weights have one"
+    rest = f"{why} (in `packed` and `dense` they have one)" if others else "all other weights have one"
     if not experts:
         return rest if others else None
     adapter = "an adapter each" if experts[0]["rank"] else "no adapter"
