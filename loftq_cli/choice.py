@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def choose_format(build: Callable[..., Plan], uneven: str | None) -> tuple[Plan, str]:
     """The first format of `AUTO_ORDER` that holds the plan, and a sentence that says which and why.
 
-    `uneven` is what all but `packed` and `dense` have against groups that do not divide a weight. Layers that only some
-    formats leave without an adapter decide, too.
+    `uneven` is what all but `packed` and `dense` have against groups that do not divide a weight. Formats that would
+    leave layers beside experts without an adapter are passed over, too.
     """
     refusals: list[tuple[str, str]] = []
     for name in AUTO_ORDER:

@@ -203,7 +203,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer is dense, as is `mlp` of DeepSeek's first; the other's shared expert is called otherwise."""
+    """Of its own kind: PEFT leaves the names of its layers alone, and so do we."""
     sizes = {
         "num_experts": 4,
         "moe_intermediate_size": 32,
@@ -227,10 +227,20 @@ def layers_with_adapter(model: Any) -> dict[str, Any]:
     return {name.removeprefix("base_model.model.").removesuffix(".packed"): module for name, module in found.items()}
 
 
+@pytest.fixture(scope="module")
+def afmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its attention has a `gate_proj`, too."""
+    sizes = {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = tf.AfmoeForCausalLM(tf.AfmoeConfig(**{**DECODER, **sizes}))
+    return saved(model, tmp_path_factory.mktemp("afmoe"))
+
+
 def beside(model: Path) -> list[str]:
     """Layers whose last names PEFT would rewrite to parameters of experts."""
     shared = "shared_expert" if model.name.startswith("qwen") else "shared_experts"
-    return [
+    gates = [f"model.layers.{layer}.self_attn.gate_proj" for layer in (0, 1) if model.name.startswith("afmoe")]
+    return gates + [
         f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", f"1.mlp.{shared}") for name in ("down", "gate", "up")
     ]
 
@@ -281,7 +291,7 @@ def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("format", ["packed", "dense"])
-@pytest.mark.parametrize("family", ["deepseek", "qwen"])
+@pytest.mark.parametrize("family", ["deepseek", "qwen", "afmoe"])
 def test_in_packed_and_dense_they_have_an_adapter(
     family: str, format: str, rslora: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -290,6 +300,8 @@ def test_in_packed_and_dense_they_have_an_adapter(
     adapted = check_adapted(model, out, tmp_path / "merged")
     assert layers_with_adapter(adapted).keys() == {row["name"] for row in report["weights"] if row["rank"]}
     assert all(("expert" in row) == (row["rank"] == 0) for row in report["weights"])
+    wrapped = {row["name"] for row in report["weights"] if "wrapped" in row}
+    assert wrapped == ({*beside(model)} if format == "packed" and family != "qwen" else set())
     told = "have their bits, and no adapter; all other weights have one"
     assert told in (out / "README.md").read_text()
     assert not [note for note in planned(model, format=format).notes if "other layers" in note]
