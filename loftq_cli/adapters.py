@@ -6,7 +6,9 @@ experts. These are put together at the very end, from a file in the work folder 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,24 +17,39 @@ from loftq_cli.checkpoint.writer import TensorSpec
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import ExpertStack
 from loftq_cli.formats import peft_adapter
+from loftq_cli.formats.base import Format
 from loftq_cli.formats.peft_adapter import StackedFactors
 from loftq_cli.jobs import WeightJob
+from loftq_cli.targets import Targets
 
 EXPERT_FACTORS = "expert_factors.safetensors"  # in the work folder
 
 
+def for_format(jobs: tuple[WeightJob, ...], targets: Targets, output: Format) -> tuple[WeightJob, ...]:
+    """`jobs` with the adapter of layers that PEFT would take for experts, as far as they can have it in `output`.
+
+    They can where their weights are parameters, for PEFT takes `target_parameters` by the names that they have; or
+    where they can be wrapped, and so called otherwise.
+    """
+    if getattr(output, "keeps_layers", False):
+        return jobs
+    wraps = getattr(output, "wraps_layers", False)
+    return tuple(
+        replace(job, wrapped=wraps, rank=job.rank * wraps) if job.module in targets.retargeted else job for job in jobs
+    )
+
+
 def about_experts(jobs: Iterable[WeightJob]) -> str | None:
     """What the user should know of the weights of experts, and of those whose adapter PEFT takes for the experts'."""
-    without = [job for job in jobs if job.rank == 0]
-    others = [job for job in without if job.expert is None]
-    if not without:
-        return None
-    why = f"{len(others)} of other layers, because PEFT would put it on the experts" if others else ""
-    and_why = f", nor do {why}" if len(others) < len(without) and others else ""
-    told = f"experts: {len(without) - len(others)} weights get bits and no adapter{and_why}"
-    if len(others) == len(without):
-        return f"no adapter for {why}"
-    return f"{told} (`--experts-adapter` gives them one, in `dense`)"
+    without = Counter("experts" if job.expert else "others" for job in jobs if job.rank == 0)
+    told = []
+    if without["experts"]:
+        flag = "`--experts-adapter` gives them one, in `dense`"
+        told.append(f"experts: {without['experts']} weights get bits and no adapter ({flag})")
+    if without["others"]:
+        why = "because PEFT would put it on the experts: `--format packed` and `dense` give them one"
+        told.append(f"{without['others']} weights of other layers get bits and no adapter, {why}")
+    return "; ".join(told) or None
 
 
 def stacked_factors(jobs: Iterable[WeightJob], stacks: Sequence[ExpertStack]) -> dict[str, StackedFactors]:

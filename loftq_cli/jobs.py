@@ -1,4 +1,4 @@
-"""Which weights become jobs, with how many bits, and the refusals that need no format: skips, ranks, groups."""
+"""Which weights become jobs, and with how many bits."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class WeightJob:
     names. `block` is the path of the transformer block it sits in, e.g. `model.layers.3`, where a calibrated method
     reaches it. `transposed`: the file has it as [n, m]. `rank` is that of its adapter: 0 where it has none. `tensor` of
     an expert may be a slice of one, `name[3]`. `embedding`: it is a table of m tokens with n features each.
+    `wrapped`: see `Place`.
     """
 
     tensor: str
@@ -49,16 +50,22 @@ class WeightJob:
     transposed: bool = False
     expert: ExpertSlot | None = None
     embedding: bool = False
+    wrapped: bool = False
+
+    @property
+    def loaded_module(self) -> str:
+        """The module that has the weight in the loaded model."""
+        return peft_adapter.loaded_name(self.module, self.wrapped)
 
     @property
     def factor_names(self) -> tuple[str, str]:
         """The names of its factors, as they are stored."""
-        return peft_adapter.tensor_names(self.module, self.embedding)
+        return peft_adapter.tensor_names(self.loaded_module, self.embedding)
 
     @property
     def place(self) -> Place:
         """Where it is in the source, from which follow the names of its quantized tensors."""
-        return Place(self.tensor, self.transposed, self.expert is not None)
+        return Place(self.tensor, self.transposed, self.expert is not None, self.wrapped)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,6 @@ def make_jobs(
         rules = (bits for glob, bits in config.bits_for.items() if module in selected[glob])
         bits = [config.bits, *rules][-1]  # the last rule wins, as in a .gitignore
         expert = targets.experts.get(tensor)
-        takes_adapter = config.experts_adapter or (expert is None and module not in targets.retargeted)
         block = BLOCK.match(module) if expert is None else None
         assert config.quantizer is not None
         jobs.append(
@@ -203,7 +209,7 @@ def make_jobs(
                 group_size=config.group_size,
                 quantizer=config.quantizer if bits < 8 or config.quantizer in GRIDS else "uniform",
                 block=block[0] if block else None,
-                rank=config.rank if takes_adapter else 0,
+                rank=config.rank if config.experts_adapter or expert is None else 0,
                 transposed=tensor in targets.transposed,
                 expert=expert,
                 embedding=tensor in targets.embeddings,
@@ -247,54 +253,6 @@ def _loaded_dtype(stored: torch.dtype, config: dict[str, Any]) -> torch.dtype:
     return named if named in FLOATS and named.itemsize < stored.itemsize else stored
 
 
-def refuse_misfits(jobs: tuple[WeightJob, ...], config: QuantizeConfig) -> None:
-    """Refuse a rank that some weight cannot have, and blocks that span rows where a method takes rows apart.
-
-    Raises:
-        LoftqError: with the largest rank that every weight takes, or other ways out.
-    """
-    if config.experts_adapter and all(job.expert is None for job in jobs):
-        raise LoftqError("`--experts-adapter`: no experts of this model get bits", "leave it out")
-    if all(job.rank == 0 for job in jobs):
-        why = "experts have one with `--experts-adapter` alone, and PEFT takes that of layers called alike for theirs"
-        raise LoftqError(f"no adapter is left: {why}", "`--skip` fewer layers, such as those of attention")
-    if too_small := [job for job in jobs if job.rank > min(job.shape)]:
-        largest = min(min(job.shape) for job in too_small)
-        raise LoftqError(
-            f"`--rank {config.rank}` is above the smaller side of {_name(too_small)}",
-            f"the largest rank that every weight takes is `--rank {largest}`; or leave them out with `--skip`",
-        )
-    across = [job for job in jobs if job.quantizer == "nf" and job.shape[1] % job.group_size]
-    across = [job for job in across if job.expert is None]  # which get a weight-only method
-    if across and (config.method == "cloq" or config.is_trained):
-        raise LoftqError(
-            f"`--method {config.method}` needs blocks that lie in one row each, and those of {across[0].group_size} "
-            f"would span the rows of {_name(across)}",
-            "use a `--group-size` that divides their in_features, `--quantizer nf-search`, or `--method qera`",
-        )
-
-
-def ragged_groups(jobs: tuple[WeightJob, ...]) -> LoftqError | None:
-    """What is wrong with a group size that leaves a short last group, which only `packed` and `dense` can hold."""
-    ragged = [job for job in jobs if job.quantizer != "nf" and job.group_size > 0 and job.shape[1] % job.group_size]
-    if not ragged:
-        return None
-    common = math.gcd(*(job.shape[1] for job in jobs))
-    fitting = [str(size) for size in (256, 128, 96, 64, 48, 32, 16, 8) if common % size == 0]
-    ways = f"sizes that divide every weight: {', '.join([*fitting, '-1 (a whole row)'])}"
-    return LoftqError(
-        f"`--group-size {ragged[0].group_size}` does not divide in_features {ragged[0].shape[1]} of {_name(ragged)}",
-        f"{ways}; or `--skip` these, or `--format packed`, where a last group may be short",
-    )
-
-
-def _name(jobs: list[WeightJob]) -> str:
-    """`first [m, n]` (and how many more)."""
-    more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
-    return f"`{jobs[0].tensor}` {list(jobs[0].shape)}{more}"
-
-
 def reasons(skipped: dict[str, str]) -> str:
     """Count skipped tensors by reason, in a sentence."""
-    counts = Counter(skipped.values()).items()
-    return "tensors left alone: " + ", ".join(f"{count} × {reason}" for reason, count in counts)
+    return "tensors left alone: " + ", ".join(f"{count} × {why}" for why, count in Counter(skipped.values()).items())

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from loftq_cli.adapters import EXPERT_FACTORS, about_experts, adapter_layout, factor_specs, stacked_factors
+from loftq_cli.adapters import EXPERT_FACTORS, about_experts, adapter_layout, factor_specs, for_format, stacked_factors
 from loftq_cli.checkpoint.reader import TensorInfo, lookup, whole_name
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, joined
@@ -28,10 +28,9 @@ from loftq_cli.jobs import (
     choose_linears,
     make_batches,
     make_jobs,
-    ragged_groups,
     reasons,
-    refuse_misfits,
 )
+from loftq_cli.misfits import ragged_groups, refuse_misfits
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
@@ -220,12 +219,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
         raise LoftqError(f"`{checkpoint.model}` has no linear weight to quantize", reasons(skipped))
     decided = config.decided()
     jobs = make_jobs(checkpoint, linears, targets, decided)
-    refuse_misfits(jobs, decided)
     stacked = stacked_factors(jobs, targets.stacks)
-    notes = [note for note in (*checkpoint.notes, targets.note, targets.head.note, about_experts(jobs)) if note]
-
-    if config.bits_for and all(job.bits != config.bits for job in jobs):
-        notes.append(f"no weight is left at `--bits {config.bits}`: what `--bits-for` names is all of them")
 
     def build(format_name: str) -> Plan:
         chosen, jobs_of = decided.model_copy(update={"format": format_name}), jobs
@@ -236,11 +230,11 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             checkpoint=checkpoint,
             config=chosen,
             format=FORMATS[format_name],
-            jobs=jobs_of,
+            jobs=(jobs_of := for_format(jobs_of, targets, FORMATS[format_name])),
             shards=(),
             stacked=stacked,
             adapter_layout=(
-                *adapter_layout(jobs, stacked, getattr(torch, chosen.adapter_dtype)),
+                *adapter_layout(jobs_of, stacked, getattr(torch, chosen.adapter_dtype)),
                 *head_layout(checkpoint, targets.head.tensors),
             ),
             skipped=skipped,
@@ -249,15 +243,21 @@ def make_plan(checkpoint: Checkpoint, config: QuantizeConfig, targets: Targets) 
             notes=(),
         )
 
+    ragged = ragged_groups(jobs)
     if config.format == "auto":
-        plan, why = choose_format(build, ragged.message if (ragged := ragged_groups(jobs)) else None)
-        notes.append(why)
+        plan, why = choose_format(build, ragged.message if ragged else None)
     else:
-        plan = build(config.format)
-        if config.format not in ("packed", "dense") and (error := ragged_groups(jobs)):
-            raise error
+        plan, why = build(config.format), None
+    refuse_misfits(plan.jobs, plan.config)
+    if config.format != "auto":
+        if config.format not in ("packed", "dense") and ragged:
+            raise ragged
         if problem := plan.format.why_not(plan):
             raise LoftqError(f"`--format {config.format}` cannot hold this: {problem}", other_formats(build))
+    about = (*checkpoint.notes, targets.note, targets.head.note, about_experts(plan.jobs), why)
+    notes = [note for note in about if note]
+    if config.bits_for and all(job.bits != config.bits for job in jobs):
+        notes.append(f"no weight is left at `--bits {config.bits}`: what `--bits-for` names is all of them")
     if any(job.quantizer != plan.config.quantizer for job in plan.jobs):
         notes.append(f"what has 8 bits is `uniform`, for `{plan.config.quantizer}` has 2, 3 or 4")
     if config.quantize_head and not plan.quantizes_head:

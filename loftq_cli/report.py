@@ -200,13 +200,14 @@ def about_experts(report: Mapping[str, Any]) -> str | None:
     experts = [row for row in report["weights"] if "expert" in row]
     others = [row for row in report["weights"] if "expert" not in row and not row["rank"]]
     why = f"{len(others)} weights of other layers have no adapter, because PEFT would put it on the experts"
+    rest = f"{why} (in `packed` and `dense` they have one)" if others else "all other weights have one"
     if not experts:
-        return why if others else None
+        return rest if others else None
     adapter = "an adapter each" if experts[0]["rank"] else "no adapter"
     if report["adapter_config"]["rank_pattern"]:
         adapter += " (PEFT 0.21 says that it ignores keys of `rank_pattern`, and does not)"
     how = ", chosen without looking at text" if report["config"]["method"] in CALIBRATED else ""
-    return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}" + (f"; {why}" if others else "")
+    return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}; {rest}"
 
 
 def _helped(fit: Mapping[str, Any]) -> bool:

@@ -66,12 +66,12 @@ class Factors:
 
 def factor_names(row: dict[str, Any]) -> tuple[str, str]:
     """The names of the factors of a row of the report, as they are stored."""
-    return peft_adapter.tensor_names(row["name"], "embedding" in row)
+    return peft_adapter.tensor_names(peft_adapter.loaded_name(row["name"], "wrapped" in row), "embedding" in row)
 
 
 def place_of(row: dict[str, Any]) -> Place:
     """Where the source has the weight of a row of the report, from which follow the names of its stored tensors."""
-    return Place(row["tensor"], row.get("transposed", False), "expert" in row)
+    return Place(row["tensor"], row.get("transposed", False), "expert" in row, "wrapped" in row)
 
 
 def stored_weight(

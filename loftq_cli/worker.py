@@ -43,6 +43,7 @@ class WeightRow:
     transposed: bool | None  # in the source's file
     expert: int | None  # which expert's it is
     embedding: bool | None  # a table of tokens, whose adapter is stored as PEFT has those of embeddings
+    wrapped: bool | None  # see `Place`
     shape: tuple[int, int]
     bits: int
     group_size: int
@@ -136,6 +137,7 @@ class BatchResult:
                 transposed=job.transposed or None,
                 expert=None if job.expert is None else job.expert.expert,
                 embedding=job.embedding or None,
+                wrapped=job.wrapped or None,
                 shape=job.shape,
                 bits=job.bits,
                 group_size=job.group_size,
@@ -223,10 +225,8 @@ def store(plan: Plan, batch: WeightBatch, weights: Tensor, made: Decomposition, 
         chosen = [torch.where(repaired[:, None, None], a, b) for a, b in zip(factors, zero, strict=True)]
         iterations = torch.where(repaired, made.iterations, 0).double()
         measured = torch.stack([iterations, norm, before, torch.where(repaired, after, before)], 1)
-        base = [
-            to_store(plan.format, job.place, quantized)
-            for job, quantized in zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
-        ]
+        weights_of = zip(batch.jobs, unstack(made.quantized, len(batch.jobs)), strict=True)
+        base = [to_store(plan.format, job.place, quantized) for job, quantized in weights_of]
     result = BatchResult(plan, batch, weights, weights.device, base, chosen, measured, watch)
     return _to_host(result) if weights.is_cuda else result
 

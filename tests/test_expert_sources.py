@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,14 +26,16 @@ from loftq_cli.pipeline import plan_quantize
 from loftq_cli.plan import Plan
 from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
-from loftq_cli.runtime import PackedExperts
+from loftq_cli.runtime import PackedExperts, PackedLinear, PackedWrapper
 from loftq_cli.verify import verify
 from tests.test_eval import save_tokenizer
 from tests.test_experts import SIZES, report_of
 from tests.test_families import DECODER, QWEN_VL
+from tests.test_resume import DRIVER, contents
 
 OPTIONS: dict[str, Any] = {"bits": 3, "rank": 4, "group_size": 16, "iters": 1, "device": "cpu"}
 FILE = "model.safetensors"
+IDS = torch.arange(3, 19)[None]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -177,16 +184,9 @@ DEEPSEEK: dict[str, Any] = {
     "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-BESIDE = [  # layers whose last names PEFT would rewrite to parameters of experts
-    f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", "1.mlp.shared_experts") for name in ("down", "gate", "up")
-]
 
 
-@pytest.fixture(scope="module")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deepseek")
-    torch.manual_seed(0)
-    model = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK))
+def saved(model: Any, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
@@ -195,9 +195,27 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def attach(out: Path) -> Any:
-    from peft import PeftModel
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return saved(tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**DEEPSEEK)), tmp_path_factory.mktemp("deepseek"))
 
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of its own kind: PEFT leaves the names of its layers alone, and so do we."""
+    sizes = {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [0],
+    }
+    torch.manual_seed(0)
+    model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**{**DECODER, **sizes}))
+    return saved(model, tmp_path_factory.mktemp("qwen"))
+
+
+def attach(out: Path) -> Any:
     base = tf.AutoModelForCausalLM.from_pretrained(out)
     return PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
 
@@ -206,21 +224,63 @@ def layers_with_adapter(model: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {name.removeprefix("base_model.model."): module for name, module in found.items()}
+    return {name.removeprefix("base_model.model.").removesuffix(".packed"): module for name, module in found.items()}
 
 
-@pytest.mark.parametrize("format", ["packed", "dense", "bnb"])
-def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path, format: str) -> None:
-    made = planned(deepseek, format=format, bits=4, group_size=32)
+@pytest.fixture(scope="module")
+def afmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its attention has a `gate_proj`, too."""
+    sizes = {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = tf.AfmoeForCausalLM(tf.AfmoeConfig(**{**DECODER, **sizes}))
+    return saved(model, tmp_path_factory.mktemp("afmoe"))
+
+
+def beside(model: Path) -> list[str]:
+    """Layers whose last names PEFT would rewrite to parameters of experts."""
+    shared = "shared_expert" if model.name.startswith("qwen") else "shared_experts"
+    gates = [f"model.layers.{layer}.self_attn.gate_proj" for layer in (0, 1) if model.name.startswith("afmoe")]
+    return gates + [
+        f"model.layers.{mlp}.{name}_proj" for mlp in ("0.mlp", f"1.mlp.{shared}") for name in ("down", "gate", "up")
+    ]
+
+
+def check_adapted(model: Path, out: Path, dest: Path) -> Any:
+    """What PEFT adds to the layers beside experts is what the report says, trains, and merges; returns its model."""
+    rows = {row["name"]: row for row in report_of(out)["weights"]}
+    assert verify(out, str(model)).violations == ()
+    adapted, source = attach(out).train(), tf.AutoModelForCausalLM.from_pretrained(model)
+    found = layers_with_adapter(adapted)
+    for name in beside(model):
+        assert rows[name]["rank"] == 4
+        W = source.get_submodule(name).weight.double()
+        layer = found[name]
+        rest = W - layer.get_base_layer().weight.double() - layer.get_delta_weight("default").double()
+        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
+        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
+    said = adapted(IDS).logits
+    said.square().mean().backward()
+    trained = [p.grad for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(trained) >= 2 * len(found)
+    assert all(grad is not None and grad.any() for grad in trained)
+    merge(out, dest)
+    merged = tf.AutoModelForCausalLM.from_pretrained(dest)(IDS).logits
+    assert torch.allclose(said, merged, atol=1e-5 * merged.abs().max().item())
+    return adapted
+
+
+def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**OPTIONS, "format": "bnb", "bits": 4, "group_size": 32}
+    made = planned(deepseek, **options)
     ranks = adapted(made)
-    assert {name: ranks.get(name) for name in BESIDE} == dict.fromkeys(BESIDE, 0)
+    assert {name: ranks.get(name) for name in beside(deepseek)} == dict.fromkeys(beside(deepseek), 0)
     assert {rank for name, rank in ranks.items() if ".self_attn." in name} == {4}
     assert not [name for name, why in made.skipped.items() if "PEFT" in why]
-    assert any("6 of other layers" in note and "PEFT would put it on the experts" in note for note in made.notes)
-    if format == "bnb":
-        pytest.importorskip("bitsandbytes")
+    (note,) = (note for note in made.notes if "6 weights of other layers" in note)
+    assert "PEFT would put it on the experts: `--format packed` and `dense` give them one" in note
+    pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"
-    report = quantize(deepseek, out, **{**OPTIONS, "format": format, "bits": 4, "group_size": 32})
+    report = quantize(deepseek, out, **options)
     assert verify(out, str(deepseek)).violations == ()
     assert "6 weights of other layers have no adapter" in (out / "README.md").read_text()
     model = attach(out).train()
@@ -229,23 +289,194 @@ def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("format", ["packed", "dense"])
+@pytest.mark.parametrize("family", ["deepseek", "qwen", "afmoe"])
+def test_in_packed_and_dense_they_have_an_adapter(
+    family: str, format: str, rslora: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, out = request.getfixturevalue(family), tmp_path / "out"
+    report = quantize(model, out, format=format, rslora=rslora, alpha=8, **OPTIONS)
+    adapted = check_adapted(model, out, tmp_path / "merged")
+    assert layers_with_adapter(adapted).keys() == {row["name"] for row in report["weights"] if row["rank"]}
+    assert all(("expert" in row) == (row["rank"] == 0) for row in report["weights"])
+    wrapped = {row["name"] for row in report["weights"] if "wrapped" in row}
+    assert wrapped == ({*beside(model)} if format == "packed" and family != "qwen" else set())
+    told = "have their bits, and no adapter; all other weights have one"
+    assert told in (out / "README.md").read_text()
+    assert not [note for note in planned(model, format=format).notes if "other layers" in note]
+
+
+def test_auto_comes_to_a_format_that_has_it(deepseek: Path, without_experts: Path) -> None:
+    for model, skip, format in (
+        (deepseek, (), "packed"),
+        (deepseek, ("*.experts.0.*",), "dense"),  # `packed` has all experts of a layer or none
+        (deepseek, ("*.experts.*",), "packed"),
+        (without_experts, (), "packed"),
+    ):
+        made = planned(model, skip=skip, bits=4, group_size=32)
+        assert made.config.format == format
+        names = [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
+        assert {adapted(made)[name] for name in names} == {4}
+        stored = {spec.name for spec in made.adapter_layout}
+        inside = ".packed" * (format == "packed")
+        assert {f"base_model.model.{name}{inside}.lora_B.weight" for name in names} <= stored
+    why = "not `bnb`: PEFT would put the adapter of `model.layers.0.mlp.down_proj` on the experts"
+    assert any(why in note for note in made.notes)
+    assert adapted(planned(without_experts, bits=4, group_size=32, format="bnb"))[names[0]] == 0
+
+
+def test_a_rank_above_a_side_of_theirs_is_refused_where_they_have_one(deepseek: Path) -> None:
+    options: dict[str, Any] = {"rank": 33, "skip": ("*kv_*", "*.q_*"), "bits": 4, "group_size": 32}
+    assert planned(deepseek, format="bnb", **options)
+    for format in ("packed", "dense", "auto"):
+        with pytest.raises(LoftqError, match=r"`--rank 33` is above .*shared_experts"):
+            planned(deepseek, format=format, **options)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_they_may_be_all_that_has_one(deepseek: Path, tmp_path: Path, format: str) -> None:
+    quantize(deepseek, tmp_path / "out", format=format, skip=("*.self_attn.*",), **OPTIONS)
+    assert layers_with_adapter(check_adapted(deepseek, tmp_path / "out", tmp_path / "merged")).keys() == {
+        *beside(deepseek)
+    }
+
+
 def test_with_an_adapter_on_experts_they_have_one_too(deepseek: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = quantize(deepseek, out, experts_adapter=True, **OPTIONS)
-    rows = {row["name"]: row for row in report["weights"]}
-    assert {rows[name]["rank"] for name in BESIDE} == {4}
-    assert verify(out, str(deepseek)).violations == ()
-    model, source = attach(out), tf.AutoModelForCausalLM.from_pretrained(deepseek)
-    found = layers_with_adapter(model)
-    for name in BESIDE:
-        W = source.get_submodule(name).weight.double()
-        rest = W - found[name].get_base_layer().weight.double() - found[name].get_delta_weight("default").double()
-        assert (rest.norm() / W.norm()).item() == pytest.approx(rows[name]["relative_error"], rel=1e-4), name
-        assert rows[name]["relative_error"] < 0.99 * rows[name]["relative_error_without_adapter"]
-    merge(out, tmp_path / "merged")
-    ids = torch.arange(3, 19)[None]
-    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
-    assert torch.allclose(model(ids).logits, merged, atol=1e-5 * float(merged.abs().max()))
+    quantize(deepseek, tmp_path / "out", experts_adapter=True, **OPTIONS)
+    check_adapted(deepseek, tmp_path / "out", tmp_path / "merged")
+
+
+# --- in `packed` they are wrapped, so that PEFT has another name for them
+
+
+@pytest.fixture(scope="module")
+def wrapped(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wrapped") / "out"
+    quantize(deepseek, out, format="packed", **OPTIONS)
+    return out
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(IDS).logits
+    return found
+
+
+def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def kinds(model: Any, deepseek: Path) -> set[type]:
+    return {type(model.get_submodule(name)) for name in beside(deepseek)}
+
+
+def test_a_wrapped_layer_is_a_module_of_its_own(deepseek: Path, wrapped: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(wrapped)
+    assert kinds(model, deepseek) == {PackedWrapper}
+    inside = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear) and "mlp" in name}
+    assert inside == {f"{name}.packed" for name in beside(deepseek)}
+    named = json.loads((wrapped / "config.json").read_text())["quantization_config"]["schemes"]
+    assert inside <= {name for scheme in named for name in scheme["modules"]}
+    targets = json.loads((wrapped / "loftq_init/adapter_config.json").read_text())["target_modules"]
+    assert {name for name in targets if "packed" in name} == {f"{n}_proj.packed" for n in ("gate", "up", "down")}
+    body = tf.AutoModel.from_pretrained(wrapped)  # whose names have no `model.`
+    assert near(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_wrapped_layers_are_saved_as_they_were(deepseek: Path, wrapped: Path, tmp_path: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(wrapped)
+    model.save_pretrained(tmp_path)
+    ours, theirs = load_file(wrapped / FILE), load_file(tmp_path / FILE)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert kinds(again, deepseek) == {PackedWrapper}
+    assert near(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("how", ["dequantize", "merge", "merge safely", "merge with hooks", "assign"])
+def test_a_wrapped_layer_made_dense_is_a_plain_one(deepseek: Path, wrapped: Path, tmp_path: Path, how: str) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(wrapped)
+    if how == "merge with hooks":
+        model = pytest.importorskip("accelerate").dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    adapted = PeftModel.from_pretrained(model, wrapped, subfolder="loftq_init") if how.startswith("merge") else model
+    wanted = logits(adapted)
+    if how == "assign":
+        for name in beside(deepseek):
+            layer = model.get_submodule(name).packed
+            layer.weight = layer.weight.clone()
+        plain = model
+    else:
+        plain = adapted.merge_and_unload(safe_merge="safely" in how) if adapted is not model else model.dequantize()
+        assert kinds(plain, deepseek) == {torch.nn.Linear}
+    assert near(logits(plain), wanted)
+    plain.save_pretrained(tmp_path)
+    assert kinds(plain, deepseek) == {torch.nn.Linear}
+    stored = load_file(tmp_path / FILE)
+    assert {f"{name}.weight" for name in beside(deepseek)} <= stored.keys()
+    assert not [name for name in stored if ".packed" in name]
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert kinds(again, deepseek) == {torch.nn.Linear}
+    assert near(logits(again), logits(plain))
+
+
+def test_an_adapter_of_wrapped_layers_is_unloaded_saved_and_reloaded(
+    deepseek: Path, wrapped: Path, tmp_path: Path
+) -> None:
+    model = attach(wrapped)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    assert kinds(base, deepseek) == {PackedWrapper}
+    assert not near(logits(base), trained, 1e-2)
+    assert near(logits(PeftModel.from_pretrained(base, tmp_path)), trained)
+
+
+def test_wrapped_layers_load_where_loftq_is_not_installed(wrapped: Path, tmp_path: Path) -> None:
+    script = """
+import sys, torch
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "loftq_cli":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = PeftModel.from_pretrained(base, sys.argv[1], subfolder="loftq_init").eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(3, 19)[None]).logits, sys.argv[2] + "/logits.pt")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(wrapped), str(tmp_path)],
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert near(torch.load(tmp_path / "logits.pt"), logits(attach(wrapped)))
+
+
+def test_wrapped_layers_survive_a_kill(deepseek: Path, wrapped: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "format": "packed"}
+    points = [
+        (str(tmp_path / f"{where}{nth}"), where, nth, "after", 0)
+        for where, nth in (("ShardWriter.write", 40), ("Journal.commit", 6))
+    ]
+    driver = [sys.executable, "-c", DRIVER, str(deepseek), json.dumps(points), json.dumps(options)]
+    assert subprocess.check_output(driver, text=True).split() == [str(int(signal.SIGKILL))] * len(points)
+    for out, *_ in points:
+        quantize(deepseek, out, resume=True, **options)
+        actual, named = contents(Path(out)), "loftq_init/adapter_config.json"
+        actual[named] = actual[named].replace(out.encode(), str(wrapped).encode())
+        assert actual == contents(wrapped)
+
+
+# --- text
 
 
 @pytest.fixture(scope="module")
@@ -266,30 +497,38 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("format", ["packed", "dense", "bnb"])
 @pytest.mark.parametrize("how", CALIBRATED.values(), ids=CALIBRATED)
 def test_calibrated_methods_round_them_to_text(
-    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any]
+    deepseek: Path, without_experts: Path, tmp_path: Path, how: dict[str, Any], format: str
 ) -> None:
     (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(900)))
     out, model = tmp_path / "out", without_experts if "finish_epochs" in how else deepseek
-    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": "packed"}
-    report = quantize(model, out, **{**OPTIONS, **text, **how})
+    text = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 32, "format": format}
+    options = {**OPTIONS, **text, **({"bits": 4, "group_size": 32} if format == "bnb" else {})}
+    report = quantize(model, out, **options, **how)
     assert verify(out, str(model)).violations == ()
     rows = {row["name"]: row for row in report["weights"]}
-    beside = BESIDE[:3] if model == without_experts else BESIDE
-    assert all(rows[name]["rank"] == 0 < rows[name]["output_error"] for name in beside)
+    names = beside(model)[:3] if model == without_experts else beside(model)
+    rank = 0 if format == "bnb" else 4
+    assert all(rows[name]["rank"] == rank and rows[name]["output_error"] > 0 for name in names)
     assert {row["rank"] for name, row in rows.items() if ".self_attn." in name} == {4}
-    if how == {"method": "cloq"}:
-        options = {key: value for key, value in OPTIONS.items() if key != "iters"}
-        quantize(model, tmp_path / "plain", **{**options, **text, "method": "qera"})  # which rounds to nearest
+    if how == {"method": "cloq"} and rank == 0:
+        plain_options = {key: value for key, value in options.items() if key != "iters"}
+        quantize(model, tmp_path / "plain", **{**plain_options, "method": "qera"})  # which rounds to nearest
         plain = {row["name"]: row for row in report_of(tmp_path / "plain")["weights"]}
-        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in beside)
+        assert all(rows[name]["output_error"] < 0.95 * plain[name]["output_error"] for name in names)
 
 
 def test_a_plan_without_any_adapter_is_refused(deepseek: Path) -> None:
-    with pytest.raises(LoftqError, match="no adapter is left") as refused:
-        planned(deepseek, skip=("*.self_attn.*",))
+    options: dict[str, Any] = {"bits": 4, "group_size": 32}
+    with pytest.raises(LoftqError, match="no adapter is left: PEFT") as refused:
+        planned(deepseek, skip=("*.self_attn.*",), format="bnb", **options)
     assert "--skip" in refused.value.hint
+    assert "`--format packed` or `dense`" in refused.value.hint
+    with pytest.raises(LoftqError, match="no adapter is left: experts") as refused:
+        planned(deepseek, skip=("*.self_attn.*", "*.shared_experts.*", "*.0.mlp.*"))
+    assert "--format" not in refused.value.hint
 
 
 def test_a_layer_more_than_transformers_has_is_kept_as_it_is(deepseek: Path, tmp_path: Path) -> None:

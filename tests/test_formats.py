@@ -131,6 +131,8 @@ def plan_for(model: Any, case: tuple[Any, ...], skip: tuple[str, ...] = ()) -> A
             rank=RANK,
             expert=None,
             embedding=False,
+            wrapped=False,
+            loaded_module=name,
         )
         for name, layer in linears.items()
         if name not in skipped
@@ -485,6 +487,7 @@ def plan_of(jobs: list[dict[str, Any]], **overrides: Any) -> Any:
         "rank": RANK,
         "expert": None,
         "embedding": False,
+        "wrapped": False,
     }
     named = [SimpleNamespace(**{**plain, **job}) for job in jobs]
     for job in named:

@@ -34,7 +34,8 @@ def plan_for(model: Any, alpha: float, rslora: bool) -> Any:
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     return SimpleNamespace(
         jobs=tuple(
-            SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None, embedding=False) for name in linears
+            SimpleNamespace(module=name, transposed=False, rank=RANK, expert=None, embedding=False, wrapped=False)
+            for name in linears
         ),
         targets=SimpleNamespace(head=Head("CAUSAL_LM"), stacks=[], retargeted=frozenset(), module_names=()),
         config=SimpleNamespace(rank=RANK, alpha=alpha, rslora=rslora),
@@ -140,7 +141,7 @@ def test_config_has_no_key_that_peft_lacks() -> None:
 
     options = SimpleNamespace(rank=RANK, alpha=16.0, rslora=True)
     plan = SimpleNamespace(
-        jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None, embedding=False),),
+        jobs=(SimpleNamespace(module="a.b", transposed=False, rank=RANK, expert=None, embedding=False, wrapped=False),),
         targets=SimpleNamespace(head=Head(None), stacks=[], retargeted=frozenset(), module_names=()),
         config=options,
     )

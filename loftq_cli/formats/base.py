@@ -16,6 +16,7 @@ from loftq_cli.quantizers.base import QuantizedWeight, Quantizer
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
+WRAPPED = "packed"  # the attribute of `runtime.layer.PackedWrapper`
 SLICE = re.compile(r"(.+)\[(\d+)\]")  # as `checkpoint.reader` names slices of tensors
 
 
@@ -31,9 +32,10 @@ class Format(Protocol):
     """A format is a module with these names; one row in `FORMATS` adds it.
 
     It may also have `load_imports` (modules that must be imported to load it), `keeps_layers` (true where the loaded
-    model has the source's own layers, not others in their place), `scale_dtype` (what the scales of `nf`
-    are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`, `remote_code(plan)`,
-    which makes a `RemoteCode`, or None, and `remote_notes`, more `load_notes` where it has made one.
+    model has the source's own layers, whose weights are parameters, not others in their place), `scale_dtype` (what
+    the scales of `nf` are rounded to: float32 without it), `expert_name(place, suffix)`, see `stored_name`,
+    `remote_code(plan)`, which makes a `RemoteCode`, or None, `remote_notes`, more `load_notes` where it has made one,
+    and `wraps_layers` (true where layers can be loaded as the only part of another module, see `Place`).
     """
 
     name: str
@@ -67,17 +69,21 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight is in the source: the name of its tensor, or of a slice of one, and whether that is transposed."""
+    """Where a weight is in the source: the name of its tensor, or of a slice of one, and whether that is transposed.
+
+    `wrapped`: its layer is loaded as the `WRAPPED` of a module that has the layer's name.
+    """
 
     tensor: str
     transposed: bool = False
     is_expert: bool = False
+    wrapped: bool = False
 
     @property
     def prefix(self) -> str:
         """What the names of its quantized tensors begin with; a slice `a.b[3]` becomes `a.3.b`."""
         if not self.is_expert or not (match := SLICE.fullmatch(self.tensor)):
-            return self.tensor.removesuffix(".weight")
+            return self.tensor.removesuffix(".weight") + f".{WRAPPED}" * self.wrapped
         path, _, last = match[1].rpartition(".")
         return f"{path}.{match[2]}.{last}"
 

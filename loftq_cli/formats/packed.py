@@ -11,6 +11,8 @@ table of embeddings, m tokens of n features):
 
 The matrices of experts are tensors of one experts' module, `experts.3.w1_codes` and so on; of experts that the source
 has in one tensor, `experts.3.gate_up_proj_codes`. (Were they modules called `w1`, PEFT would take them for targets.)
+And a layer beside them that is called as they are, so that PEFT would take it for them, is loaded as the one part of a
+wrapper: `shared_experts.gate_proj.packed.codes`.
 
 Which modules are packed, and how, is said by name in `quantization_config`, so that one checkpoint can mix bits.
 """
@@ -50,6 +52,7 @@ load_notes: tuple[str, ...] = (
     "numbers",
 )
 scale_dtype = torch.float16
+wraps_layers = True
 
 PARAMETERS = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})  # of experts
 METHOD = "loftq_packed"  # as `loftq_cli.runtime` registers it
@@ -174,7 +177,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
         grid = {"uniform": "affine", "uniform-symmetric": "symmetric"}.get(job.quantizer, "codebook")
         scheme = (job.bits, job.group_size, grid)
         if job.expert is None:
-            schemes.setdefault(scheme, []).append(job.module)
+            schemes.setdefault(scheme, []).append(job.loaded_module)
         else:
             by_piece.setdefault((job.expert.stack, job.expert.piece), {})[job.expert.expert] = scheme
     experts: dict[str, dict[str, list[str]]] = {}

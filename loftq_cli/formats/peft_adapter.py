@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loftq_cli.formats.base import WRAPPED
+
 if TYPE_CHECKING:
     from loftq_cli.plan import Plan
 
@@ -24,6 +26,11 @@ PREFIX = "base_model.model."  # of all names in adapter_model.safetensors
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
     """What PEFT multiplies `lora_B @ lora_A` by (`LoraLayer.update_layer`; rslora: arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def loaded_name(module: str, wrapped: bool) -> str:
+    """What the loaded model calls the layer of `module`, see `Place`."""
+    return f"{module}.{WRAPPED}" if wrapped else module
 
 
 def tensor_names(module: str, embedding: bool = False) -> tuple[str, str]:
@@ -98,9 +105,9 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
     alpha = plan.config.alpha
     assert alpha is not None, "a plan has decided it"
     head = plan.targets.head
-    retargeted = plan.targets.retargeted
-    adapted = [job for job in plan.jobs if job.rank and job.expert is None and job.module not in retargeted]
-    modules = (job.module for job in adapted if not job.embedding)
+    adapted = [job for job in plan.jobs if job.rank and job.expert is None]
+    wrapped = [job.loaded_module for job in adapted if job.wrapped]
+    modules = (job.module for job in adapted if not job.embedding and job.module not in plan.targets.retargeted)
     # by their whole names: where a target is `embed_tokens`, PEFT saves the base's table with the adapter (a head is
     # called `lm_head` whole, and there it does)
     tables = [job.module for job in adapted if job.embedding]
@@ -113,7 +120,11 @@ def adapter_config(plan: Plan, base_model_name_or_path: str, all_module_names: I
         "r": plan.config.rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": plan.config.rslora,
-        "target_modules": [*target_modules(modules, all_module_names), *tables],
+        "target_modules": [
+            *target_modules(modules, all_module_names),
+            *target_modules(wrapped, wrapped, parts=2),  # nothing else is called so
+            *tables,
+        ],
         **({"target_parameters": sorted(parameters)} if parameters else {}),
         "rank_pattern": {name: plan.config.rank * pieces for name, pieces in pattern.items()},
         # with which PEFT has the same scaling for all
@@ -138,7 +149,8 @@ def target_parameters(plan: Plan) -> dict[str, int]:
     PEFT takes a parameter whose name ends in `.target`. So are adapted experts, and the weights of layers that it would
     take for experts, by the last part of their names, were they target modules.
     """
-    layers = [job.module for job in plan.jobs if job.rank and job.module in plan.targets.retargeted]
+    retargeted = plan.targets.retargeted
+    layers = [job.module for job in plan.jobs if job.rank and job.module in retargeted and not job.wrapped]
     ends = target_modules(layers, plan.targets.module_names, parts=2)
     adapted = {job.expert.stack for job in plan.jobs if job.expert is not None and job.rank}
     last = {stack: f"{_last(stack.module)}.{stack.parameter}" for stack in plan.targets.stacks}

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.runtime.embedding import PackedEmbedding
 from loftq_cli.runtime.experts import PackedExpert, PackedExperts, pack_experts, packed_pieces, unpack_experts
-from loftq_cli.runtime.layer import PackedLinear
+from loftq_cli.runtime.layer import PackedLinear, PackedWrapper
 from loftq_cli.runtime.scheme import Scheme
 from loftq_cli.runtime.weight import PackedLayer, become_dense
 
@@ -36,7 +36,8 @@ class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint: schemes, each with the full names of its modules.
 
     `experts` are modules of experts by name, each with the matrices that its parameters are made of (see `Pieces`).
-    These have schemes under `{module}.{number}.{matrix}`, or `{module}.*.{matrix}` for those of all experts.
+    These have schemes under `{module}.{number}.{matrix}`, or `{module}.*.{matrix}` for those of all experts. A layer
+    `{module}.packed` is in a `PackedWrapper`, which stands for the module that the model has.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class PackedQuantizer(HfQuantizer):
         # which the names lack, or have more, where a part of the model is loaded
         prefix = f"{model.base_model_prefix}."
         for name, layer in list(model.named_modules()):
-            named = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in absent), None)
+            own = (name, prefix + name, name.removeprefix(prefix))
+            named = next((n for n in (*own, *(f"{n}.packed" for n in own)) if n in absent), None)
             if named is None:
                 continue
             absent.pop(named)
@@ -96,7 +98,8 @@ class PackedQuantizer(HfQuantizer):
                 continue
             if not isinstance(layer, nn.Linear | Conv1D) and type(layer) is not nn.Embedding:
                 raise ValueError(f"`{named}` is packed in the checkpoint, and a {type(layer).__name__} in this model")
-            model.set_submodule(name, _packed_like(layer, schemes[named]))
+            packed = _packed_like(layer, schemes[named])
+            model.set_submodule(name, packed if named in own else PackedWrapper(packed))
         if absent:
             found = f"{wanted - len(absent)} of the {wanted} packed layers of the checkpoint"
             text = f"{type(model).__name__} has {found}; it has no `{next(iter(absent))}`"
@@ -126,11 +129,13 @@ class PackedQuantizer(HfQuantizer):
                 become_dense(layer, layer.dequantize(named or layer.compute_dtype))
             elif isinstance(layer, PackedExperts):
                 unpack_experts(layer, named or layer.compute_dtype)
+        _unwrap(model)
         _forget_code(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained`, ahead of config.json: no longer name layers that a merge has made dense."""
+        _unwrap(model)
         packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
         if any(name.endswith(".base_layer") for name in packed):  # as they are called while an adapter is attached
             return None, {}
@@ -169,6 +174,13 @@ def _packed_like(layer: nn.Linear | Conv1D | nn.Embedding, scheme: Scheme) -> Pa
         if isinstance(layer, nn.Embedding):
             return PackedEmbedding(m, n, layer.padding_idx, scheme, layer.weight.dtype)
         return PackedLinear(n, m, layer.bias is not None, scheme, layer.weight.dtype)
+
+
+def _unwrap(model: Any) -> None:
+    """Let layers that have become dense stand without their wrappers."""
+    for layer in list(model.modules()):
+        if isinstance(layer, PackedWrapper):
+            layer.packed = layer.packed
 
 
 def _forget_code(model: Any) -> None:

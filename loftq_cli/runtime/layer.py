@@ -46,6 +46,28 @@ class PackedLinear(PackedLayer, nn.Linear):
         return product(input, self, self.bias)
 
 
+class PackedWrapper(nn.Module):
+    """A packed layer as the one part of another module: PEFT would rewrite a target of that one's name to experts.
+
+    Once the layer is dense, as after a merge, this is the layer.
+    """
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As `nn.Module`; a dense layer, such as PEFT puts here after a merge, takes this one's place."""
+        super().__setattr__(name, value)
+        if name == "packed" and type(value) is PackedLinear.plain:
+            self.__dict__, self.__class__ = value.__dict__, type(value)  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the layer makes of it."""
+        output: Tensor = self.packed(input)
+        return output
+
+
 def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, with gradients of `x` and of the bias."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
