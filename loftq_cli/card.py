@@ -53,6 +53,10 @@ PAPERS = {
 SETTINGS = (
     "method", "bits", "quantizer", "group_size", "format", "rank", "alpha", "rslora", "iters", "adapter_dtype", "seed",
 )  # fmt: skip
+OF_PARAMETERS = (
+    "some of the adapter is on parameters (`target_parameters`), where PEFT knows no `lora_dropout`, no DoRA and no "
+    "weights that are offloaded, and takes the memory of each such weight once more while it trains; merge to generate"
+)
 IF_GIVEN = ("bits_for", "double_quant", "skip", "quantize_head", "quantize_embeddings", "experts_adapter")
 
 
@@ -131,7 +135,9 @@ The header of `adapter_model.safetensors` names the base by its hash, `{fingerpr
 def load_notes(report: Mapping[str, Any]) -> tuple[str, ...]:
     """What who loads it must know: also of the loader's code, where that travels along."""
     output = FORMATS[report["config"]["format"]]
-    return (*(getattr(output, "remote_notes", ()) if report["load"].get("remote_code") else ()), *output.load_notes)
+    code = getattr(output, "remote_notes", ()) if report["load"].get("remote_code") else ()
+    parameters = (OF_PARAMETERS,) if report["adapter_config"].get("target_parameters") else ()
+    return (*code, *output.load_notes, *parameters)
 
 
 def front_matter(plan: Plan) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_packed_goes_round(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
     again = auto.from_pretrained(tmp_path / "again").eval()
     assert type(again.get_input_embeddings()) is PackedEmbedding
-    assert torch.equal(first_output(again, IDS), wanted)
+    assert torch.allclose(first_output(again, IDS), wanted, rtol=1e-5, atol=1e-6)  # sums depend on where tensors lie
     plain = again.dequantize()
     assert type(plain.get_input_embeddings()) is nn.Embedding
     assert close(first_output(plain, IDS), wanted)

@@ -236,6 +236,15 @@ def afmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(model, tmp_path_factory.mktemp("afmoe"))
 
 
+@pytest.fixture(scope="module")
+def ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its layers have biases."""
+    sizes = {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1}
+    torch.manual_seed(0)
+    config = tf.Ernie4_5_MoeConfig(**{**DECODER, **sizes, "moe_layer_start_index": 1, "use_bias": True})
+    return saved(tf.Ernie4_5_MoeForCausalLM(config), tmp_path_factory.mktemp("ernie"))
+
+
 def beside(model: Path) -> list[str]:
     """Layers whose last names PEFT would rewrite to parameters of experts."""
     shared = "shared_expert" if model.name.startswith("qwen") else "shared_experts"
@@ -291,7 +300,7 @@ def test_shared_experts_and_dense_layers_get_bits(deepseek: Path, tmp_path: Path
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("format", ["packed", "dense"])
-@pytest.mark.parametrize("family", ["deepseek", "qwen", "afmoe"])
+@pytest.mark.parametrize("family", ["deepseek", "qwen", "afmoe", "ernie"])
 def test_in_packed_and_dense_they_have_an_adapter(
     family: str, format: str, rslora: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -305,6 +314,11 @@ def test_in_packed_and_dense_they_have_an_adapter(
     told = "have their bits, and no adapter; all other weights have one"
     assert told in (out / "README.md").read_text()
     assert not [note for note in planned(model, format=format).notes if "other layers" in note]
+    as_parameters = format == "dense" and family != "qwen"
+    assert {type(layers_with_adapter(adapted)[name]).__name__ for name in beside(model)} == {
+        "ParamWrapper" if as_parameters else "Linear"
+    }
+    assert ("no `lora_dropout`" in (out / "README.md").read_text()) == as_parameters
 
 
 def test_auto_comes_to_a_format_that_has_it(deepseek: Path, without_experts: Path) -> None:
@@ -393,6 +407,21 @@ def test_wrapped_layers_are_saved_as_they_were(deepseek: Path, wrapped: Path, tm
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert kinds(again, deepseek) == {PackedWrapper}
     assert near(logits(again), logits(model))
+
+
+def test_a_wrapper_keeps_the_bias(ernie: Path, tmp_path: Path) -> None:
+    quantize(ernie, tmp_path / "out", format="packed", **OPTIONS)
+    names = {f"{name}.bias" for name in beside(ernie)}
+    source, ours = load_file(ernie / FILE), load_file(tmp_path / "out" / FILE)
+    assert all(torch.equal(ours[name], source[name]) for name in names)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / FILE).keys() == ours.keys()
+    plain = model.dequantize()
+    assert kinds(plain, ernie) == {torch.nn.Linear}
+    assert all(torch.equal(plain.get_parameter(name), source[name]) for name in names)
+    assert near(logits(plain), wanted)
 
 
 @pytest.mark.parametrize("how", ["dequantize", "merge", "merge safely", "merge with hooks", "assign"])

@@ -47,25 +47,31 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 
 class PackedWrapper(nn.Module):
-    """A packed layer as the one part of another module: PEFT would rewrite a target of that one's name to experts.
+    """A packed layer as a part of another module: PEFT would rewrite a target of that one's name to experts.
 
-    Once the layer is dense, as after a merge, this is the layer.
+    That one keeps the layer's bias, so that its name is the source's. Once the layer is dense, as after a merge, it takes
+    the wrapper's place.
     """
 
-    def __init__(self, packed: nn.Module) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedLayer) -> None:
         super().__init__()
+        self.register_parameter("bias", packed._parameters.pop("bias"))
+        packed.register_parameter("bias", None)
         self.packed = packed
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As `nn.Module`; a dense layer, such as PEFT puts here after a merge, takes this one's place."""
         super().__setattr__(name, value)
         if name == "packed" and type(value) is PackedLinear.plain:
+            value.register_parameter("bias", self.bias)
             self.__dict__, self.__class__ = value.__dict__, type(value)  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layer makes of it."""
         output: Tensor = self.packed(input)
-        return output
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 def product(x: Tensor, layer: Unpackable, bias: Tensor | None = None) -> Tensor:
