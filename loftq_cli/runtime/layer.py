@@ -49,8 +49,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 class PackedWrapper(nn.Module):
     """A packed layer as a part of another module: PEFT would rewrite a target of that one's name to experts.
 
-    That one keeps the layer's bias, so that its name is the source's. Once the layer is dense, as after a merge, it takes
-    the wrapper's place.
+    That one keeps the layer's bias, so that its name is the source's. Once the layer is dense, as after a merge, it
+    takes the wrapper's place.
     """
 
     bias: nn.Parameter | None
