@@ -239,6 +239,7 @@ def verify(
 def merge(
     out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
     dest: Annotated[Path, typer.Argument(help="Folder to make: a plain checkpoint.")],
+    adapter: Annotated[Path | None, typer.Option(help="Another than OUT's: what you have trained it to.")] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = 0,
@@ -248,7 +249,7 @@ def merge(
     with speaking(json, quiet, verbose) as output, _terminable(), interruptible(hint, state):
         from loftq_cli import show
 
-        show.merge(output, out, dest)
+        show.merge(output, out, dest, adapter)
 
 
 @app.command()

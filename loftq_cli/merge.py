@@ -38,8 +38,12 @@ class Merged:
     base_bytes: int
 
 
-def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = None) -> Merged:
+def merge(
+    out: Path, dest: Path, progress: Callable[[str, int], None] | None = None, adapter: Path | None = None
+) -> Merged:
     """Write `dest`: files and names of the source of `out`, with `dequantize(Q) + scaling · B A` as weights.
+
+    A and B are those of `out`, or of an `adapter` that was trained from these, a folder as PEFT saves it.
 
     Weights have the dtype that they were quantized for (config.json's, where it is narrower than the source file's);
     all else is copied. It is moved to its place when all is written, config.json last: what is not whole does not load.
@@ -49,7 +53,7 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
 
     Raises:
         LoftqError: `out` is not a finished output whose adapter belongs to its base, or a file of it is not what was
-            written, or `dest` is not empty.
+            written, or `dest` is not empty, or `adapter` did not begin as that of `out`.
     """
     report = read_report(out)
     violations = check_adapter(out, report)
@@ -61,11 +65,43 @@ def merge(out: Path, dest: Path, progress: Callable[[str, int], None] | None = N
         raise LoftqError(violations[0], f"see `loftq verify {out}`; {hint}")
     names = [name for name in report["files"] if name.endswith(".safetensors") and name != ADAPTER_FILE]
     shards = {name: read_header(out / name, name) for name in names}
+    product = _adapter(out, report, adapter)
     with _claimed(dest) as staged:
-        weight_map = _write_shards(out, staged, report, shards, progress)
+        weight_map = _write_shards(out, staged, report, shards, product, progress)
         _write_surroundings(out, staged, report, weight_map)
         _move(staged, dest)
     return Merged(len(report["weights"]), len(shards), sum((dest / name).stat().st_size for name in shards))
+
+
+def _adapter(out: Path, report: dict[str, Any], tuned: Path | None) -> Callable[[dict[str, Any]], Tensor]:
+    """What the adapter of `out`, or one trained from it, adds to the weight of a row: float32 [m, n].
+
+    Raises:
+        LoftqError: see `merge`.
+    """
+    began, config = read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors, report["adapter_config"]
+    factors = Factors(out, began)
+    if tuned is not None:
+        written = "give the folder that PEFT's `save_pretrained` wrote, of the adapter that `loftq_init` was trained to"
+        try:
+            config = json.loads((tuned / "adapter_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoftqError(f"`{tuned}` has no adapter_config.json that can be read: {error}", written) from error
+        name = Path(ADAPTER_FILE).name
+        if not (tuned / name).is_file():
+            raise LoftqError(f"`{tuned}` has no `{name}`", written)
+        trained = read_header(tuned / name, name).tensors
+        ours, theirs = ({tensor: info.shape for tensor, info in infos.items()} for infos in (began, trained))
+        if other := sorted(ours.items() ^ theirs.items()):
+            found = f"`{other[0][0]}` is in one of them alone, or of another shape"
+            raise LoftqError(f"`{tuned}` did not begin as the adapter of `{out}`: {found}", written)
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if config.get(key) and (key == "modules_to_save" or config[key] != report["adapter_config"].get(key)):
+                way = "fold it in with PEFT's `merge_and_unload()`, in `--format packed` or `dense`"
+                raise LoftqError(f"`{tuned}` has `{key}`, which is more than factors with one scaling", way)
+        factors = Factors(tuned, trained)
+    scaling = peft_adapter.scaling(config["r"], config["lora_alpha"], config.get("use_rslora", False))
+    return lambda row: factors.product(row, scaling)
 
 
 @contextmanager
@@ -138,10 +174,10 @@ def _write_shards(
     dest: Path,
     report: dict[str, Any],
     shards: dict[str, Header],
+    product: Callable[[dict[str, Any]], Tensor],
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, str]:
     """Write every shard, one weight at a time; returns which tensor is in which."""
-    factors = Factors(out, read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors)
     weight_map: dict[str, str] = {}
     output = FORMATS[report["config"]["format"]]
     stored = {
@@ -166,7 +202,7 @@ def _write_shards(
             for info in copies:
                 writer.write_chunks(info.name, read_chunks(out / name, info))
             for tensor, row in rows.items():
-                writer.write(tensor, _merged(out, report, row, header, factors))
+                writer.write(tensor, _merged(out, report, row, header, product))
                 if progress is not None:
                     progress(row["name"], 2 * math.prod(row["shape"]))
             writer.finish()
@@ -176,14 +212,13 @@ def _write_shards(
     return weight_map
 
 
-def _merged(out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, factors: Factors) -> Tensor:
+def _merged(
+    out: Path, report: dict[str, Any], row: dict[str, Any], shard: Header, product: Callable[[dict[str, Any]], Tensor]
+) -> Tensor:
     """The weight of `row` as the source has it, [m, n] or transposed, added up in float32."""
     base = stored_weight(out, shard.tensors, FORMATS[report["config"]["format"]], row, report["config"])
-    written = report["adapter_config"]
-    scaling = peft_adapter.scaling(written["r"], written["lora_alpha"], written["use_rslora"])
-    product = factors.product(row, scaling)
     dtype: torch.dtype = getattr(torch, row["dtype"])
-    merged = base.add_(product).to(dtype)
+    merged = base.add_(product(row)).to(dtype)
     return merged.T.contiguous() if row.get("transposed", False) else merged
 
 

@@ -261,13 +261,13 @@ def verify(output: Out, out: Path, source: str | None) -> bool:
     return True
 
 
-def merge(output: Out, out: Path, dest: Path) -> None:
+def merge(output: Out, out: Path, dest: Path, adapter: Path | None) -> None:
     """Write the merged checkpoint, and say how to load it."""
     from loftq_cli import merge as merging
 
     made = verification.read_report(out)
     with output.progress("merging", 2 * made["totals"]["parameters"]) as advance:
-        merged = merging.merge(out, dest, advance)
+        merged = merging.merge(out, dest, advance, adapter)
     output.data(asdict(merged))
     output.result(
         f"{merged.weights} weights with their adapters in `{dest}`, {size(merged.base_bytes)}; load it:\n\n"

@@ -274,3 +274,92 @@ def test_what_came_to_dest_meanwhile_is_kept(finished: Path, tmp_path: Path) -> 
     with pytest.raises(LoftqError, match="is not empty"):
         merge(finished, tmp_path / "linked")
     assert contents(tmp_path / "elsewhere") == {"files": b"mine"}
+
+
+def tuned(out: Path, folder: Path) -> Path:
+    """An adapter that was trained from that of `out`, as far as files can tell."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(out / "loftq_init/adapter_model.safetensors")
+    moved = {name: t + torch.randn(t.shape, generator=generator) * t.std() for name, t in tensors.items()}
+    save_file(moved, folder / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(out / "loftq_init/adapter_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("format", "quantizer", "bits"), FORMATS)
+def test_what_was_trained_is_folded_in_whatever_the_format(
+    format: str, quantizer: str, bits: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {"format": format, "quantizer": quantizer, "bits": bits, "rank": 8, "alpha": 3.0, "rslora": True}
+    report = quantize(tiny_llama, out, device="cpu", iters=1, **options)
+    adapter = tuned(out, tmp_path / "tuned")
+    merge(out, tmp_path / "start")
+    ran = CliRunner().invoke(app, ["merge", str(out), str(tmp_path / "end"), "--adapter", str(adapter)])
+    assert ran.exit_code == 0, ran.output
+    start, end = weights(tmp_path / "start"), weights(tmp_path / "end")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (out / "loftq_init", adapter))
+    assert start.keys() == end.keys()
+    for row in report["weights"]:
+        names = [f"base_model.model.{row['name']}.lora_{part}.weight" for part in "BA"]
+        products = [t[names[0]].double() @ t[names[1]].double() * 3 / 8**0.5 for t in (before, after)]
+        wanted, found = products[1] - products[0], end[row["tensor"]].double() - start[row["tensor"]].double()
+        assert (found - wanted).norm() < 0.02 * wanted.norm(), row["name"]  # but for the rounding to bfloat16
+
+
+def test_what_peft_has_trained_is_what_is_folded_in(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, out = save_llama(tmp_path / "model", torch.float32), tmp_path / "out"
+    quantize(model, out, bits=2, rank=8, format="dense", device="cpu", iters=1)
+    base = AutoModelForCausalLM.from_pretrained(out)
+    peft = PeftModel.from_pretrained(base, out, subfolder="loftq_init", is_trainable=True)
+    ids = torch.arange(3, 19)[None]
+    begun = peft(ids).logits.detach()
+    optimizer = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        peft(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peft.save_pretrained(tmp_path / "tuned")
+    wanted = peft.eval()(ids).logits.detach()
+    assert (wanted - begun).norm() > 0.01 * begun.norm()
+    merge(out, tmp_path / "merged", adapter=tmp_path / "tuned")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_what_did_not_begin_as_the_adapter_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    out, dest = tmp_path / "out", tmp_path / "dest"
+    quantize(tiny_llama, out, bits=4, rank=8, device="cpu", iters=1)
+    adapter = tuned(out, tmp_path / "tuned")
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, written = load_file(file), json.loads(config.read_text())
+    first = min(tensors)
+    for changed, told in (
+        ({name: t for name, t in tensors.items() if name != first}, f"`{first}` is in one of them alone"),
+        ({**tensors, first: tensors[first][:4].clone()}, "another shape"),
+        ({**tensors, "base_model.model.lm_head.weight": torch.ones(2, 2)}, "`base_model.model.lm_head.weight`"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(LoftqError, match="did not begin as the adapter") as refused:
+            merge(out, dest, adapter=adapter)
+        assert told in refused.value.message
+    save_file(tensors, file)
+    for key, value in (("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("modules_to_save", ["lm_head"])):
+        config.write_text(json.dumps({**written, key: value}))
+        with pytest.raises(LoftqError, match=f"has `{key}`, which is more"):
+            merge(out, dest, adapter=adapter)
+    config.write_text("{")
+    with pytest.raises(LoftqError, match=r"no adapter_config.json that can be read"):
+        merge(out, dest, adapter=adapter)
+    config.write_text(json.dumps(written))
+    file.unlink()
+    with pytest.raises(LoftqError, match=r"has no `adapter_model.safetensors`"):
+        merge(out, dest, adapter=adapter)
+    with pytest.raises(LoftqError, match="adapter_config") as refused:
+        merge(out, dest, adapter=tmp_path / "nowhere")
+    assert "save_pretrained" in refused.value.hint
+    assert not dest.exists()
