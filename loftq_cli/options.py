@@ -32,8 +32,8 @@ GroupSize = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="auto, bnb, gptq, compressed-tensors, packed or dense. \\[default: auto: the first of bnb, gptq, packed "
-        "that holds the result]",
+        help="auto, bnb, gptq, compressed-tensors, packed or dense. \\[default: auto: the first of bnb, gptq, packed, "
+        "dense that holds the result]",
         rich_help_panel=QUANTIZATION,
     ),
 ]

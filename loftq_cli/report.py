@@ -205,7 +205,7 @@ def about_experts(report: Mapping[str, Any]) -> str | None:
         return rest if others else None
     adapter = "an adapter each" if experts[0]["rank"] else "no adapter"
     if report["adapter_config"]["rank_pattern"]:
-        adapter += " (PEFT 0.21 says that it ignores keys of `rank_pattern`, and does not)"
+        adapter += " (PEFT 0.21 says that it ignores keys of `rank_pattern` and `alpha_pattern`, and does not)"
     how = ", chosen without looking at text" if report["config"]["method"] in CALIBRATED else ""
     return f"the {len(experts)} weights of experts have their bits{how}, and {adapter}; {rest}"
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from loftq_cli.calibration.sources import read_texts
 from loftq_cli.calibration.stand_in import WAY_OUT
 from loftq_cli.calibration.stream import BlockStream, ties_of
-from loftq_cli.calibration.text import Calibration, read_texts, token_batches
+from loftq_cli.calibration.text import Calibration, token_batches
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import by_parameter
 from loftq_cli.meta_model import build_to_run, state_keys
@@ -130,9 +131,9 @@ def told(calibration: Calibration, source: str | None) -> str:
     """What it is, in a sentence."""
     samples, seqlen = calibration.tokens.shape
     text = "the default text" if source is None else f"`{source}`"
-    return (
-        f"calibrating on {samples} × {seqlen:,} tokens of {text}; {len(calibration.held_out)} × {seqlen:,} more judge"
-    )
+    less = "" if calibration.note is None else f"; {calibration.note}"
+    judges = f"{len(calibration.held_out)} × {seqlen:,} more judge"
+    return f"calibrating on {samples} × {seqlen:,} tokens of {text}; {judges}{less}"
 
 
 def describe(calibration: Calibration) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loftq_cli.calibration import sources
 from loftq_cli.calibration import text as module
-from loftq_cli.calibration.text import read_texts, token_batches
+from loftq_cli.calibration.sources import read_texts
+from loftq_cli.calibration.text import token_batches
 from loftq_cli.errors import LoftqError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -199,8 +201,8 @@ def test_chat_is_rendered_with_the_template(tmp_path: Path) -> None:
         (b'["text"]', "neither"),
         (b'{"content": "x"}', "neither"),
         (b'{"text": 3}', "neither"),
-        (b'{"messages": [{"role": "user"}]}', "neither"),
-        (b'{"messages": [{"role": "user", "content": null}]}', "neither"),
+        (b'{"messages": [{"role": "user"}]}', "message 1 has no strings"),
+        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": null}]}', "message 2 has no"),
         (b'{"text": "\\ud800"}', "surrogate"),
     ],
 )
@@ -233,6 +235,20 @@ def test_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did you mean `prose.txt`" in caught.value.hint
 
 
+@pytest.mark.parametrize("suffix", [".json", ".CSV", ".tsv", ".parquet"])
+def test_tables_are_not_read_as_prose(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"chat{suffix}"
+    file.write_text('[{"messages": [{"role": "user", "content": "x"}]}]')
+    with pytest.raises(LoftqError, match="not plain text") as caught:
+        read_texts(str(file))
+    assert ".jsonl" in caught.value.hint
+
+
+def test_ndjson_is_jsonl(tmp_path: Path) -> None:
+    (tmp_path / "chat.ndjson").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_texts(str(tmp_path / "chat.ndjson")) == ["one", "two"]
+
+
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
     """The package `datasets` with a `load_dataset` that returns or raises `answer`; the calls to it."""
     calls: list[Any] = []
@@ -252,7 +268,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
 
 def test_datasets_are_streamed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_datasets(monkeypatch, [{"text": "one"}, {"text": "two"}, {"text": "three"}, {"no": "text"}])
-    monkeypatch.setattr(module, "_STREAM_CHARACTERS", 9)
+    monkeypatch.setattr(sources, "_STREAM_CHARACTERS", 9)
     assert read_texts("org/name") == ["one", "two", "three"]
     assert read_texts("name:config:test")
     assert read_texts("name::test")
@@ -261,7 +277,7 @@ def test_datasets_are_streamed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         ("name", "config", {"split": "test", "streaming": True}),
         ("name", None, {"split": "test", "streaming": True}),
     ]
-    monkeypatch.setattr(module, "_STREAM_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "_STREAM_CHARACTERS", 100)
     with pytest.raises(LoftqError, match="row 4 of the data set `org/name` has neither") as caught:
         read_texts("org/name")
     assert "`no`" in caught.value.hint

@@ -299,7 +299,11 @@ def test_the_card_says_what_to_import(outputs: tuple[Path, Path]) -> None:
     assert (outputs[0] / "modeling_loftq_packed.py").exists()
     # who finds it on the Hub has no folder of loftq's about them
     assert "`pip install -e .` in the folder that holds loftq's own `pyproject.toml`" in notes[1]
-    own_code = {"config": {"format": "packed"}, "load": {"remote_code": False}}  # with which no copy travels
+    own_code = {
+        "config": {"format": "packed"},
+        "load": {"remote_code": False},
+        "adapter_config": {},
+    }  # with which no copy travels
     assert [f"- {note}" for note in load_notes(own_code)] == notes[1:3]
     assert "pip install transformers peft\n" in packed  # loftq is on no index
     assert "loftq_cli.runtime" not in dense
