@@ -71,6 +71,7 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
         f"source {size(totals['source_bytes'])}, base {size(totals['base_bytes'])}, "
         f"adapter {size(totals['adapter_bytes'])}, about {size(totals['estimated_peak_host_bytes'])} of host memory"
         + (f" and {size(device)} of device memory" if device else "")
+        + (", beside what the text and training take" if plan.is_calibrated else "")
     )
 
 

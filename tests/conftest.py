@@ -51,3 +51,13 @@ def sharded_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_llama(tmp_path_factory.mktemp("models") / "sharded-llama", torch.bfloat16, "300KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
+
+
+WITHOUT_LOFTQ = """
+import sys, torch
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("loftq_cli", *sys.argv[3:]):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""

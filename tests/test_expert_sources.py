@@ -28,6 +28,7 @@ from loftq_cli.quantizers import QUANTIZERS
 from loftq_cli.quantizers.base import dequantize
 from loftq_cli.runtime import PackedExperts, PackedLinear, PackedWrapper
 from loftq_cli.verify import verify
+from tests.conftest import WITHOUT_LOFTQ
 from tests.test_eval import save_tokenizer
 from tests.test_experts import SIZES, report_of
 from tests.test_families import DECODER, QWEN_VL
@@ -467,20 +468,16 @@ def test_an_adapter_of_wrapped_layers_is_unloaded_saved_and_reloaded(
 
 
 def test_wrapped_layers_load_where_loftq_is_not_installed(wrapped: Path, tmp_path: Path) -> None:
-    script = """
-import sys, torch
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "loftq_cli":
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-from peft import PeftModel
+    script = (
+        WITHOUT_LOFTQ
+        + """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = PeftModel.from_pretrained(base, sys.argv[1], subfolder="loftq_init").eval()
 with torch.no_grad():
     torch.save(model(torch.arange(3, 19)[None]).logits, sys.argv[2] + "/logits.pt")
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, str(wrapped), str(tmp_path)],
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},

@@ -28,6 +28,7 @@ from loftq_cli.quantizers.base import dequantize
 from loftq_cli.runtime import PackedExperts
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
+from tests.conftest import WITHOUT_LOFTQ
 from tests.test_eval import save_tokenizer
 from tests.test_families import QWEN_VL
 from tests.test_resume import DRIVER, contents, without_times
@@ -262,17 +263,13 @@ def test_saved_copied_and_made_dense(folder: Path, tmp_path: Path) -> None:
 def test_remote_code_loads_packed_experts(folder: Path, tmp_path: Path) -> None:
     if not is_one_by_one(folder):
         pytest.skip("the code is the same, and takes seconds to import")
-    script = """
-import sys, torch
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "loftq_cli":
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-from transformers import AutoModelForCausalLM
+    script = (
+        WITHOUT_LOFTQ
+        + """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 torch.save(model(torch.arange(3, 19)[None]).logits.detach(), sys.argv[2] + "/logits.pt")
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder / "packed"), str(tmp_path)],
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from loftq_cli import quantize
 from loftq_cli.card import load_notes
 from loftq_cli.runtime import PackedConfig, PackedEmbedding, PackedLinear, Scheme
-from tests.conftest import save_llama
+from tests.conftest import WITHOUT_LOFTQ, save_llama
 
 TOKENS = torch.arange(16)[None] * 7
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -240,14 +240,9 @@ def test_a_later_version_of_the_layout_is_refused() -> None:
 def test_remote_code_loads_it_where_loftq_is_not_installed(
     outputs: tuple[Path, Path], tmp_path: Path, blocked: str
 ) -> None:
-    script = f"""
-import sys, torch
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked.split()}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-import transformers
+    script = (
+        WITHOUT_LOFTQ
+        + """import transformers
 from transformers import AutoModelForCausalLM
 for auto in ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"):
     part = getattr(transformers, auto).from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -258,8 +253,9 @@ with torch.no_grad():
 model.save_pretrained(sys.argv[2] + "/again")
 AutoModelForCausalLM.from_pretrained(sys.argv[2] + "/again", trust_remote_code=True)
 """
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(outputs[0]), str(tmp_path)],
+        [sys.executable, "-c", script, str(outputs[0]), str(tmp_path), *blocked.split()],
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
