@@ -251,8 +251,8 @@ def test_the_real_loader_has_the_values_that_read_says(
         assert any((scale < 0).any() for scale in scales)  # the quantizer's signed scales went through the loader
     with torch.no_grad():
         wanted = reference(TOKENS).logits
-        # in float16 CPUs differ in the order in which they add up what lies transposed
-        rounding = 1e-3 if wanted.dtype == torch.float16 else 1e-6
+        # gptqmodel multiplies what lies transposed, which some CPUs add up in another order: a rounding of float16
+        rounding = 2**-11 if case[0] == "gptq" and wanted.dtype == torch.float16 else 1e-6
         # train mode first: in eval mode, bitsandbytes on AVX512-BF16 CPUs computes with bfloat16 weights
         assert relative(wanted, model.train()(TOKENS).logits) < rounding
         assert relative(wanted, model.eval()(TOKENS).logits) < (2e-2 if case[0] == "bnb" else rounding)
