@@ -50,7 +50,7 @@ def test_advice_on_settings_is_what_was_measured() -> None:
     lines = README.partition("## Which settings")[2].partition("\n## ")[0].split("\n|")[3:]
     advised = (
         ("loftq-nf", 4), ("loftq-lloyd", 2), ("cloq-lloyd", 4), ("cloq-lloyd", 2), ("apiq-bw-finish-lloyd", 2),
-        ("task-text-more", 2),
+        ("task-text", 2),
     )  # fmt: skip
     for line, (arm, bits) in zip(lines, advised, strict=True):  # of rank 16, which comes first
         after, before = row("finetune-cuda", arm, str(bits)), "–"
@@ -59,6 +59,15 @@ def test_advice_on_settings_is_what_was_measured() -> None:
             before = f"{worse:,.{0 if worse > 10 else 2}f}"
         cells = f" | {before} | {after['accuracy, %'].split()[0]} %, {float(after['× 16-bit']):.2f} |"
         assert line.partition("\n")[0].endswith(cells), line
+
+
+def test_what_lies_between_2_and_4_bits_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "scripts/results/finetune-cuda.json").read_text())["rows"]
+    lines = README.partition("At the widths between")[2].split("\n\n")[1].split("\n")
+    widths = [(bits, rank) for bits in ("3", "2.5", "2.25") for rank in (16, 64)]
+    for line, arm in zip(lines[2:], ("qlora-nf", "loftq-nf", "cloq-lloyd", "apiq-bw-finish-lloyd"), strict=True):
+        found = {(row["bits"], row["rank"]): float(row["× 16-bit"]) for row in rows if row["arm"] == arm}
+        assert [float(cell) for cell in line.split("|")[2:-1]] == pytest.approx([found[at] for at in widths], rel=0.005)
 
 
 def test_measured_tables_are_those_of_the_results() -> None:
