@@ -279,6 +279,7 @@ def evaluate(
     out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text, or a .jsonl with a `text` in every line.")],
     source: Annotated[str | None, typer.Option(metavar="MODEL", help="What OUT was made from: measure it too.")] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="TUNED", help="The trained adapter: measure it too.")] = None,
     seqlen: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window. \\[default: 2048, if it has them]")
     ] = None,
@@ -295,4 +296,4 @@ def evaluate(
         from loftq_cli.show import perplexity
 
         window = {"seqlen": seqlen, "max_tokens": max_tokens, "batch_size": batch_size}
-        perplexity(sink, out, text, source, card, device=device, **window)
+        perplexity(sink, out, text, source, card, adapter=adapter, device=device, **window)

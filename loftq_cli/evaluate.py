@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import logging
 import math
 import sys
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from loftq_cli.calibration.sources import read_file
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import build_config
 from loftq_cli.device import is_out_of_memory, resolve_device
 from loftq_cli.errors import LoftqError
 from loftq_cli.report import import_loader, install_line
+from loftq_cli.stored import read_tuned
 from loftq_cli.verify import read_report
 
 SEQLEN = 2048
@@ -58,6 +59,7 @@ def evaluate(
     out: Path,
     text: Path,
     source: str | None = None,
+    adapter: Path | None = None,
     *,
     seqlen: int | None = None,
     max_tokens: int | None = None,
@@ -65,12 +67,13 @@ def evaluate(
     device: str = "auto",
     progress: Progress = lambda label, total: nullcontext(lambda name, size: None),
 ) -> Evaluation:
-    """Perplexity on `text` of base and base + adapter in `out`, and with `source` of what they were made from.
+    """Perplexity on `text` of base and base + adapter in `out`, with `source` of what they were made from, too.
 
     Args:
         out: a finished output of loftq that loads as AutoModelForCausalLM, with its tokenizer.
-        text: UTF-8; of a `.jsonl`, the "text" of every line, joined by blank lines.
+        text: UTF-8; of a `.jsonl`, the "text" of every line (or "prompt" and "completion"), joined by blank lines.
         source: folder or Hub id.
+        adapter: one that was trained from that of `out`, a folder as PEFT saves it, to be measured as well.
         seqlen: tokens of a window; None is 2048, or as many as the model has positions for.
         max_tokens: how many tokens of the text to take, from its beginning.
         batch_size: windows at a time.
@@ -82,8 +85,14 @@ def evaluate(
     """
     report = read_report(out)
     _refuse_unloadable(out, report)
+    from peft import PeftModel
+
     place = resolve_device(build_config({"device": device}).device)
     content = _read_text(text)
+    adapters = {"base + adapter": out / "loftq_init"}
+    if adapter is not None:
+        read_tuned(out, adapter)  # refuses what is no such adapter
+        adapters["base + trained adapter"] = adapter
     made_from, checkpoint = report["source"], None
     notes: tuple[str, ...] = ()
     if source is not None:
@@ -102,7 +111,8 @@ def evaluate(
             raise LoftqError(f"`{text}` is too short: it has no token to predict", "give a longer text")
         token_bytes = len(content.encode()) / len(ids)
         rows: list[Row] = []
-        with progress("evaluating", int((3 if checkpoint else 2) * windows.numel() * token_bytes)) as advance:
+        models = len(adapters) + (2 if checkpoint else 1)
+        with progress("evaluating", int(models * windows.numel() * token_bytes)) as advance:
 
             def measure(name: str, model: Any, causal: Any) -> None:
                 total = 0.0
@@ -116,15 +126,16 @@ def evaluate(
                 model = _load(checkpoint.model, windows, revision=checkpoint.revision or "main", **arguments)
                 measure("source", model, model)
                 del model
-                gc.collect()  # modules and hooks hold each other: without it, source and base would be there at once
+            for name, folder in adapters.items():
+                gc.collect()  # modules and hooks hold each other: without it, two models would be there at once
                 torch.cuda.empty_cache()
-            base = _load(str(out), windows, **arguments)
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(base, str(out), subfolder="loftq_init").eval()
-            with model.disable_adapter():
-                measure("base alone", model, base)
-            measure("base + adapter", model, base)
+                base = _load(str(out), windows, **arguments)
+                model = PeftModel.from_pretrained(base, str(folder)).eval()
+                if name == "base + adapter":
+                    with model.disable_adapter():
+                        measure("base alone", model, base)
+                measure(name, model, base)
+                del base, model
     (count, length), tokens = windows.shape, windows[:, 1:].numel()
     protocol = (
         f"perplexity = exp(mean negative log-likelihood) of {tokens} predicted tokens in {count} windows of {length} "
@@ -225,24 +236,11 @@ def _window_length(out: Path, report: dict[str, Any], seqlen: int | None) -> int
 
 
 def _read_text(file: Path) -> str:
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise LoftqError(f"cannot read `--text {file}`: {error.strerror}", "give a file of plain text") from None
-    except UnicodeDecodeError as error:
-        raise LoftqError(f"`--text {file}` is not UTF-8: byte {error.start}", "convert it, e.g. with iconv") from None
-    if file.suffix != ".jsonl":
-        return content
-    texts = []
-    for number, line in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
-        if line.strip():
-            try:
-                texts.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                texts.append(None)
-            if not isinstance(texts[-1], str):
-                raise LoftqError(f"`{file}` line {number} is no JSON object with a string `text`", "one object a line")
-    return "\n\n".join(texts)
+    texts = read_file(file)
+    plain = [text for text in texts if isinstance(text, str)]
+    if len(plain) < len(texts):
+        raise LoftqError(f"`{file}` holds conversations", "perplexity is of texts: give each as a `text`")
+    return "\n\n".join(plain)
 
 
 def _refuse_unloadable(out: Path, report: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, peft_adapter
 from loftq_cli.formats.base import to_store
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE
-from loftq_cli.stored import Factors, place_of, stored_like, stored_weight
+from loftq_cli.stored import Factors, place_of, read_tuned, stored_like, stored_weight
 from loftq_cli.verify import check_adapter, check_all_tensors, check_files, read_report
 
 WORK_FOLDER, STAGED = ".loftq-merge", "files"  # in DEST, until all is written and can be moved there
@@ -82,23 +82,13 @@ def _adapter(out: Path, report: dict[str, Any], tuned: Path | None) -> Callable[
     began, config = read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors, report["adapter_config"]
     factors = Factors(out, began)
     if tuned is not None:
-        written = "give the folder that PEFT's `save_pretrained` wrote, of the adapter that `loftq_init` was trained to"
-        try:
-            config = json.loads((tuned / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LoftqError(f"`{tuned}` has no adapter_config.json that can be read: {error}", written) from error
-        name = Path(ADAPTER_FILE).name
-        if not (tuned / name).is_file():
-            raise LoftqError(f"`{tuned}` has no `{name}`", written)
-        trained = read_header(tuned / name, name).tensors
-        ours, theirs = ({tensor: info.shape for tensor, info in infos.items()} for infos in (began, trained))
-        if other := sorted(ours.items() ^ theirs.items()):
-            found = f"`{other[0][0]}` is in one of them alone, or of another shape"
-            raise LoftqError(f"`{tuned}` did not begin as the adapter of `{out}`: {found}", written)
+        config, trained = read_tuned(out, tuned)
+        way = "fold it in with PEFT's `merge_and_unload()`, in `--format packed` or `dense`"
         for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
             if config.get(key) and (key == "modules_to_save" or config[key] != report["adapter_config"].get(key)):
-                way = "fold it in with PEFT's `merge_and_unload()`, in `--format packed` or `dense`"
                 raise LoftqError(f"`{tuned}` has `{key}`, which is more than factors with one scaling", way)
+        if more := sorted(set(trained) - set(began)):
+            raise LoftqError(f"`{tuned}` has `{more[0]}`, which the adapter of `{out}` has not", way)
         factors = Factors(tuned, trained)
     scaling = peft_adapter.scaling(config["r"], config["lora_alpha"], config.get("use_rslora", False))
     return lambda row: factors.product(row, scaling)

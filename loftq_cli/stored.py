@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_tensor
+from loftq_cli.checkpoint.reader import TensorInfo, lookup, read_header, read_tensor
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import make_quantizer, peft_adapter
 from loftq_cli.formats.base import Format, Place, from_store, to_store
+from loftq_cli.plan import ADAPTER_FILE
 from loftq_cli.quantizers.base import QuantizedWeight
 
 KEPT = 4  # tensors with the factors of many matrices, whose rows follow each other
@@ -104,3 +106,27 @@ def stored_tensor(out: Path, infos: dict[str, TensorInfo], name: str) -> Tensor:
     if (info := lookup(infos, name)) is None:
         raise LoftqError(f"`{name}` is missing from the files")
     return read_tensor(out / info.file, info)
+
+
+def read_tuned(out: Path, tuned: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The configuration and the tensors of an adapter that was trained from that of `out`, as PEFT saved it.
+
+    There may be more tensors than that one has: a head that was trained, DoRA's magnitudes.
+
+    Raises:
+        LoftqError: it is no such adapter.
+    """
+    written = "give the folder that PEFT's `save_pretrained` wrote, of the adapter that `loftq_init` was trained to"
+    try:
+        config: dict[str, Any] = json.loads((tuned / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoftqError(f"`{tuned}` has no adapter_config.json that can be read: {error}", written) from error
+    name = Path(ADAPTER_FILE).name
+    if not (tuned / name).is_file():
+        raise LoftqError(f"`{tuned}` has no `{name}`", written)
+    trained = read_header(tuned / name, name).tensors
+    for tensor, info in sorted(read_header(out / ADAPTER_FILE, ADAPTER_FILE).tensors.items()):
+        if tensor not in trained or trained[tensor].shape != info.shape:
+            found = f"`{tensor}` " + ("is of another shape there" if tensor in trained else "is not in it")
+            raise LoftqError(f"`{tuned}` did not begin as the adapter of `{out}`: {found}", written)
+    return config, trained

@@ -192,9 +192,19 @@ def test_chat_is_rendered_with_the_template(tmp_path: Path) -> None:
         token_batches(texts, picky, 1, 8, 0)
 
 
+def test_prompts_and_completions_are_read_as_trl_trains_on_them(tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+    rows = [{"prompt": "The sky is", "completion": " blue."}, {"prompt": [asked], "completion": [said]}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read_texts(str(file)) == ["The sky is blue.", [asked, said]]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (b'{"prompt": "half"}', "nor both `prompt` and `completion`"),
+        (b'{"prompt": "half", "completion": [{"role": "user", "content": "a"}]}', "nor both"),
         (b"{not json}", "not JSON"),
         (b'{"text": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),

@@ -130,6 +130,26 @@ def test_every_row_is_what_a_plain_loop_gives(format: str, model: Path, text: Pa
     assert min(abs(a - b) for k, a in means.items() for n, b in means.items() if k < n) > 1e-3  # they can be told apart
 
 
+def test_a_trained_adapter_is_measured_beside_the_one_that_it_began_as(out: Path, text: Path, tmp_path: Path) -> None:
+    trained = loaded(out, adapter=True)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+    trained.save_pretrained(tmp_path / "adapter")
+    flags = ("--seqlen", SEQLEN, "--device=cpu", "--json", "--adapter")
+    ran = loftq("eval", out, "--text", text, *flags, tmp_path / "adapter")
+    assert ran.exit_code == 0, ran.stderr
+    rows = {row["name"]: row["nll"] for row in json.loads(ran.stdout)["rows"]}
+    assert [*rows] == ["base alone", "base + adapter", "base + trained adapter"]
+    assert rows["base + trained adapter"] == pytest.approx(plain_nll(trained.eval(), out)[1], rel=1e-5)
+    began = plain_nll(loaded(out, adapter=True), out)[1]
+    assert rows["base + adapter"] == pytest.approx(began, rel=1e-5) != rows["base + trained adapter"]
+    refused = loftq("eval", out, "--text", text, *flags, out)
+    assert refused.exit_code == 1
+    assert "no adapter_config.json" in refused.stderr.replace("\n", " ")
+
+
 def test_the_table_says_how(out: Path, text: Path) -> None:
     ran = loftq("eval", out, "--text", text, "--seqlen", SEQLEN, "--device=cpu", "-q")
     assert ran.exit_code == 0, ran.stderr
@@ -244,7 +264,11 @@ REFUSALS = {
     "no tokenizer": (strip_tokenizer, (), "has no tokenizer"),
     "empty text": (lambda out: (out / "t.txt").write_text(""), (), "too short"),
     "no text": (lambda out: (out / "t.txt").unlink(), (), "No such file"),
-    "not UTF-8": (lambda out: (out / "t.txt").write_bytes(b"ab\xff"), (), "not UTF-8: byte 2"),
+    "not UTF-8": (lambda out: (out / "t.txt").write_bytes(b"ab\xff"), (), "invalid start byte at byte 2"),
+    "conversations": (
+        lambda out: (out / "t.jsonl").write_text('{"messages": [{"role": "user", "content": "Why?"}]}'),
+        ("--text={out}/t.jsonl",), "holds conversations",
+    ),
     "not a causal LM": (lambda out: edit_report(out, auto_class="AutoModelForSeq2SeqLM"), (), "AutoModelForSeq2SeqLM"),
     "missing package": (lambda out: edit_report(out, requirements=["absent-pkg>=7"]), (), "pip install transformers"),
     "old package": (lambda out: edit_report(out, requirements=["torch>=99"]), (), "needs torch>=99"),
@@ -263,6 +287,7 @@ def test_refusals(reason: str, out: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(out, tmp_path / "out")
     (folder / "t.txt").write_text(TEXT)
     spoil(folder)
+    options = [option.format(out=folder) for option in options]
     ran = loftq("eval", folder, "--text", folder / "t.txt", "--device=cpu", *options)
     assert ran.exit_code == 1, ran.stderr
     assert ran.stdout == ""

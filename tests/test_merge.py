@@ -339,14 +339,13 @@ def test_what_did_not_begin_as_the_adapter_is_refused(tiny_llama: Path, tmp_path
     tensors, written = load_file(file), json.loads(config.read_text())
     first = min(tensors)
     for changed, told in (
-        ({name: t for name, t in tensors.items() if name != first}, f"`{first}` is in one of them alone"),
-        ({**tensors, first: tensors[first][:4].clone()}, "another shape"),
-        ({**tensors, "base_model.model.lm_head.weight": torch.ones(2, 2)}, "`base_model.model.lm_head.weight`"),
+        ({name: t for name, t in tensors.items() if name != first}, f"did not begin as .*`{first}` is not in it"),
+        ({**tensors, first: tensors[first][:4].clone()}, f"did not begin as .*`{first}` is of another shape"),
+        ({**tensors, "base_model.model.lm_head.weight": torch.ones(2, 2)}, "has `base_model.model.lm_head.weight`"),
     ):
         save_file(changed, file)
-        with pytest.raises(LoftqError, match="did not begin as the adapter") as refused:
+        with pytest.raises(LoftqError, match=told):
             merge(out, dest, adapter=adapter)
-        assert told in refused.value.message
     save_file(tensors, file)
     for key, value in (("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("modules_to_save", ["lm_head"])):
         config.write_text(json.dumps({**written, key: value}))

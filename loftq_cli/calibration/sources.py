@@ -23,8 +23,8 @@ def read_texts(source: str | None) -> list[Entry]:
     """Read the texts of `source`.
 
     Args:
-        source: None for the text in the package; a file, `.jsonl` or `.ndjson` (`text` or `messages` in every line) or
-            else plain UTF-8 text; or a data set, `name`, `name:config` or `name:config:split` (`train` unless given),
+        source: None for the text in the package; a file, `.jsonl` or `.ndjson` (`text`, `messages`, or `prompt` and
+            `completion` in every line) or else plain UTF-8 text; or a data set, `name`, `name:config` or `name:config:split` (`train` unless given),
             of which the first 20 million characters are read.
 
     Raises:
@@ -33,18 +33,24 @@ def read_texts(source: str | None) -> list[Entry]:
     if source is None:
         return [*resources.files(__package__).joinpath("default.txt").read_text(encoding="utf-8").split("\f")[1:]]
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path.expanduser raises on an unknown `~user`
-    try:
-        if path.is_dir():
-            raise LoftqError(f"`{source}` is a folder", "give a text file, a .jsonl file or the name of a data set")
-        if path.exists():
-            texts = _read_jsonl(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _read_plain(path)
-        else:
-            texts = _read_dataset(source)
-    except OSError as error:
-        raise LoftqError(f"cannot read `{source}`: {error.strerror or error}") from error
+    texts = read_file(path) if path.exists() else _read_dataset(source)
     if not any(map(length, texts)):
         raise LoftqError(f"there is no text in `{source}`", "give another source of calibration text")
     return texts
+
+
+def read_file(path: Path) -> list[Entry]:
+    """Read the texts of a file, as `read_texts` does.
+
+    Raises:
+        LoftqError: see `read_texts`.
+    """
+    try:
+        if path.is_dir():
+            raise LoftqError(f"`{path}` is a folder", "give a text file, or a .jsonl file")
+        return _read_jsonl(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _read_plain(path)
+    except OSError as error:
+        raise LoftqError(f"cannot read `{path}`: {error.strerror or error}", "give a file of plain text") from error
 
 
 def _read_plain(path: Path) -> list[Entry]:
@@ -81,6 +87,11 @@ def _entry(row: Any, place: str) -> Entry:
     """The text or the conversation of one row; `place` names the row."""
     fields = row if isinstance(row, dict) else {}
     text, messages = fields.get("text"), fields.get("messages")
+    match fields:  # of the data sets that TRL trains on
+        case {"prompt": str() as prompt, "completion": str() as completion} if text is None:
+            text = prompt + completion
+        case {"prompt": [*prompt], "completion": [*completion]} if messages is None:
+            messages = [*prompt, *completion]
     entry: Entry
     if isinstance(text, str):
         entry, strings = text, [text]
@@ -92,7 +103,8 @@ def _entry(row: Any, place: str) -> Entry:
         raise LoftqError(f"{place}: message {number} has no strings as `role` and `content`", way)
     else:
         raise LoftqError(
-            f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings",
+            f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings, nor both "
+            "`prompt` and `completion`",
             "it has " + (", ".join(f"`{name}`" for name in fields) or f"no fields: {row!r:.40}"),
         )
     if any(not string.isascii() and re.search("[\ud800-\udfff]", string) for string in strings):
