@@ -24,8 +24,8 @@ def read_texts(source: str | None) -> list[Entry]:
 
     Args:
         source: None for the text in the package; a file, `.jsonl` or `.ndjson` (`text`, `messages`, or `prompt` and
-            `completion` in every line) or else plain UTF-8 text; or a data set, `name`, `name:config` or `name:config:split` (`train` unless given),
-            of which the first 20 million characters are read.
+            `completion` in every line) or else plain UTF-8 text; or a data set, `name`, `name:config` or
+            `name:config:split` (`train` unless given), of which the first 20 million characters are read.
 
     Raises:
         LoftqError: there is no such text, or it is not what it should be; the message names the line or row.
