@@ -146,8 +146,9 @@ def front_matter(plan: Plan) -> dict[str, Any]:
     hub_id = checkpoint.model if checkpoint.revision is not None and not Path(checkpoint.model).is_dir() else None
     base = {"base_model": hub_id, "base_model_relation": "quantized"} if hub_id else {}
     carried = {key: source[key] for key in CARRIED if source.get(key)}
+    library = "sentence-transformers" if checkpoint.modules.files else "transformers"
     tags = ["loftq", "lora", "peft", f"{plan.config.bits}-bit", *FORMAT_TAGS.get(plan.config.format, ())]
-    return {**carried, "library_name": "transformers", **base, "tags": tags}
+    return {**carried, "library_name": library, **base, "tags": tags}
 
 
 def _front_matter(readme: str) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def test_they_follow_the_model(model: Path, tmp_path: Path) -> None:
     out, dest = tmp_path / "out", tmp_path / "dest"
     report = quantize(model, out, **OPTIONS)
     assert {name for name in report["side_files"] if "/" in name} == set(COPIED)
+    assert "library_name: sentence-transformers\n" in (out / "README.md").read_text()
     for folder in (out, dest):
         if folder == dest:
             merge(out, dest)
