@@ -115,9 +115,11 @@ def test_short_text_says_what_there_was() -> None:
     assert (len(made.tokens), len(made.held_out)) == (4, 1)
     assert made.note is not None
     assert "500 tokens" in made.note
+    assert "1 of them held out" in made.note
     assert "1700 tokens" in made.note
     one = token_batches(["x" * 100], PLAIN, 16, 100, 0)
     assert (len(one.tokens), len(one.held_out)) == (1, 0)
+    assert "none to judge by" in (one.note or "")
 
 
 def test_refusals_of_sizes() -> None:

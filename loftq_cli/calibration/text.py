@@ -79,11 +79,17 @@ def token_batches(
             f"the calibration text has {total} tokens; a window of {seqlen} takes {body}{' and its BOS' * len(bos)}",
             "give more text, or a smaller `--seqlen`",
         )
-    got = f"the calibration text has {total} tokens, {len(windows)} windows of {seqlen}"
-    note = f"{got}; wanted were {wanted * body} tokens, {wanted} windows" if len(windows) < wanted else None
+    found = len(windows)
     windows = windows[torch.randperm(len(windows), generator=generator)[:wanted]]
     windows = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
     used = min(samples, max(1, len(windows) - 1))
+    note = None
+    if found < wanted:
+        judging = f"{found - used} of them held out to judge by" if found > used else "none to judge by"
+        note = (
+            f"the calibration text has {total} tokens, {found} windows of {seqlen}, {judging}; wanted were "
+            f"{wanted * body} tokens, {wanted} windows"
+        )
     return Calibration(windows[:used], windows[used:], note)
 
 
