@@ -31,6 +31,7 @@ from loftq_cli.formats import peft_adapter
 from loftq_cli.formats.base import from_store
 from loftq_cli.jobs import WeightBatch, WeightJob
 from loftq_cli.journal import WORK_FOLDER
+from loftq_cli.memory import activation_bytes, running_dtype
 from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods import squared_norm
 from loftq_cli.methods.training import Fit, alone
@@ -41,7 +42,6 @@ from loftq_cli.resume import Headers, Stored, read_back, read_whenever
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.worker import BatchResult, relative, store
 
-LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that run through a block at once
 
 
@@ -101,9 +101,8 @@ def run_blocks(
     step = max(1, STEP_TOKENS // tokens.shape[1])  # samples; a micro-batch holds whole steps of training
     size = step * max(1, MICRO_BATCH_TOKENS[device.type] // (step * tokens.shape[1]))
     parts = micro_batches(seen, len(tokens), size)
-    # on a GPU in the source's own dtype, as it will be used; a CPU is as fast in float32
-    dtype = torch.float32 if device.type == "cpu" else plan.jobs[0].dtype
-    folder = _folder_for_activations(plan, tokens.numel() * dtype.itemsize, outputs.out)
+    dtype = running_dtype(plan)
+    folder = _folder_for_activations(plan, tokens.numel(), outputs.out)
     experts = by_parameter(plan.targets.experts)
     read_source = partial(_source_expert, plan)
     made = {key: partial(stacked, slots, read_source) for key, slots in experts.items()}
@@ -172,15 +171,11 @@ def run_blocks(
     return Measured(rows, fit)
 
 
-def _folder_for_activations(plan: Plan, bytes_per_feature: int, out: Path) -> Path | None:
+def _folder_for_activations(plan: Plan, tokens: int, out: Path) -> Path | None:
     """Where activations go if they would take more memory than they may; None where they need not."""
-    text = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
-    width = next((text[name] for name in ("hidden_size", "d_model", "n_embd") if name in text), LIKELY_WIDTH)
-    trained = (plan.config.method == "apiq-bw") * (1 + plan.config.augmented)
-    streams = 2 * len(plan.block_paths) + trained  # an encoder's outlive it
     budget = plan.config.activation_budget
     may = available_bytes() // (2 * processes_here()) if budget is None else int(budget * 2**30)
-    return out / WORK_FOLDER if streams * bytes_per_feature * width > may else None
+    return out / WORK_FOLDER if activation_bytes(plan, tokens) > may else None
 
 
 def _source_expert(plan: Plan, tensor: str) -> Tensor:

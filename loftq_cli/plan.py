@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,7 +21,6 @@ from loftq_cli.formats.base import Format, Place, RemoteCode, stored_name, to_st
 from loftq_cli.formats.peft_adapter import StackedFactors
 from loftq_cli.heads import head_layout, with_output_head
 from loftq_cli.jobs import (
-    BLOCK,
     WeightBatch,
     WeightJob,
     choose_linears,
@@ -34,11 +32,6 @@ from loftq_cli.misfits import ragged_groups, refuse_misfits
 from loftq_cli.quantizers.base import QuantizedWeight, Quantizer, stackable
 from loftq_cli.targets import Targets
 
-# Measured by scripts/bench.py, on Linux: Python with torch and transformers imported, without and with a GPU's
-# libraries; float32 copies of the largest batch alive at once on a CPU; bytes on a GPU per weight computed at once, per
-# element of the square of a layer's inputs, and per weight of a block that trains.
-RUNTIME_BYTES, GPU_RUNTIME_BYTES, WORKING_COPIES = 380 << 20, 3 << 30, 12
-GPU_BYTES_PER_WEIGHT, GPU_MOMENT_BYTES, GPU_TRAINED_BYTES = 21, 72, 56
 GPU_ELEMENTS = 200_000_000  # weights that are computed at once on a GPU, at most; a larger one is computed alone
 ADAPTER_FILE = "loftq_init/adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -151,30 +144,6 @@ class Plan:
     def on_gpu(self) -> bool:
         """Whether the weights are computed on a GPU."""
         return torch.device(self.config.device).type == "cuda"
-
-    @property
-    def peak_host_bytes(self) -> int:
-        """Estimated peak of host memory: the runtime, and on a CPU the loop's copies; activations apart."""
-        return GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES + WORKING_COPIES * 4 * self._batches[-1]
-
-    @property
-    def peak_device_bytes(self) -> int:
-        """Estimated peak of GPU memory: what is computed at once, and what waits before and after; 0 on a CPU."""
-        if self.on_gpu and self.is_calibrated:  # moments of the widest inputs, or what trains; beside the block twice
-            blocks = Counter[str]()
-            for job in self.jobs:
-                blocks[block[0] if (block := BLOCK.match(job.module)) else ""] += math.prod(job.shape)
-            widest = max((job.shape[1] for job in self.jobs if job.block), default=0) * self.needs_moments
-            weights = max(blocks.values())
-            trained = GPU_TRAINED_BYTES * weights * (self.config.method == "apiq-bw")
-            return max(GPU_MOMENT_BYTES * widest**2, trained) + 4 * weights
-        together = min(GPU_ELEMENTS, sum(self._batches[-2:]))
-        return GPU_BYTES_PER_WEIGHT * max(self._batches[-1], together) if self.on_gpu else 0
-
-    @property
-    def _batches(self) -> list[int]:
-        """Weights in each batch, rising."""
-        return sorted(step.parameters for s in self.shards for step in s.steps if isinstance(step, WeightBatch))
 
     def info(self, job: WeightJob) -> TensorInfo:
         """Where the source has the weight."""

@@ -22,6 +22,7 @@ from loftq_cli.config import CALIBRATED
 from loftq_cli.formats import FORMATS, load_imports
 from loftq_cli.jobs import BLOCK
 from loftq_cli.journal import Journal
+from loftq_cli.memory import activation_bytes, device_bytes, host_bytes
 from loftq_cli.plan import Plan
 
 SCHEMA = 3
@@ -112,8 +113,9 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "config": plan.config.model_dump(mode="json"),
         "totals": {
             **plan_totals(plan),
-            "estimated_peak_host_bytes": plan.peak_host_bytes,
-            "estimated_peak_device_bytes": plan.peak_device_bytes,
+            "estimated_peak_host_bytes": host_bytes(plan),
+            "estimated_peak_device_bytes": device_bytes(plan),
+            "estimated_activation_bytes": activation_bytes(plan),
         },
         "weights": [
             {"name": job.module, "tensor": job.tensor, "shape": list(job.shape)}

@@ -59,7 +59,7 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
         for group in layer_groups(summary["weights"])
     ]
     target = f" → {out}" if out else ""
-    device = totals["estimated_peak_device_bytes"]
+    device, activations = totals["estimated_peak_device_bytes"], totals["estimated_activation_bytes"]
     without = sum(row["rank"] == 0 for row in summary["weights"])
     but = f" (none for {without} of the weights)" if without else ""
     output.table(f"Plan: {plan.checkpoint.model}{target}", LAYER_COLUMNS, rows)
@@ -71,7 +71,7 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
         f"source {size(totals['source_bytes'])}, base {size(totals['base_bytes'])}, "
         f"adapter {size(totals['adapter_bytes'])}, about {size(totals['estimated_peak_host_bytes'])} of host memory"
         + (f" and {size(device)} of device memory" if device else "")
-        + (", beside what the text and training take" if plan.is_calibrated else "")
+        + (f", beside {size(activations)} of activations (`--activation-budget`)" if activations else "")
     )
 
 

@@ -49,7 +49,7 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
     model = build_to_run(checkpoint, config.trust_remote_code)
     names = state_keys(checkpoint, model)[0]
     _refuse_unreadable(model, names, plan)
-    longest = _positions(model, checkpoint.config)
+    longest = positions(checkpoint.config, model)
     if (config.seqlen or 0) > longest:
         raise LoftqError(f"`--seqlen {config.seqlen}` is more than the model has positions for", f"up to {longest}")
     seqlen = config.seqlen or min(LONGEST_WINDOW, longest)
@@ -115,16 +115,16 @@ def _refuse_uncalled(model: Any, names: dict[str, str], plan: Plan, calibration:
     BlockStream(model, plan.checkpoint, names, turned, {}, paths, tokens, [slice(1)], torch.device("cpu"), dtype)
 
 
-def _positions(model: Any, config: dict[str, Any]) -> int:
-    """How many tokens the model has positions for, as far as its configuration says."""
+def positions(config: dict[str, Any], model: Any = None) -> int:
+    """How many tokens the model has positions for, as far as its configuration says; without the model about."""
     text = config.get("text_config") or config
-    positions = next((text[name] for name in ("max_position_embeddings", "n_positions") if text.get(name)), None)
-    if positions is None:
+    known = next((text[name] for name in ("max_position_embeddings", "n_positions") if text.get(name)), None)
+    if known is None:
         return sys.maxsize
-    for name, module in model.named_modules():  # RoBERTa's begin after the index of padding
+    for name, module in model.named_modules() if model else ():  # RoBERTa's begin after the index of padding
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(positions) - int(module.padding_idx) - 1
-    return int(positions)
+            return int(known) - int(module.padding_idx) - 1
+    return int(known)
 
 
 def told(calibration: Calibration, source: str | None) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from loftq_cli import blocks, fitting, outputs, pipeline
+from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.observe import by_input, compare, moments
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
 from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
+from loftq_cli.memory import activation_bytes
 from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.methods.training import Training, alone, train
+from loftq_cli.report import plan_summary
 from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import find_targets
 from loftq_cli.verify import verify
@@ -595,6 +599,32 @@ def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_pat
         reports.append(pipeline.quantize(speaking, tmp_path / str(budget), **config))
     assert reports[0]["files"] == reports[1]["files"]
     assert reports[0]["config"] == reports[1]["config"]
+
+
+@pytest.mark.parametrize("more", [{"method": "cloq"}, {"method": "apiq-bw", "epochs": 1}], ids=str)
+def test_the_plan_says_what_activations_will_take(
+    speaking: Path, text: Path, tmp_path: Path, more: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, most = 0, 0
+
+    class Counted(Activations):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            nonlocal alive, most
+            super().__init__(*arguments, **named)
+            size = sum(piece.nbytes for piece in self._pieces)
+            alive += size
+            most = max(most, alive)
+            weakref.finalize(self, release, size)
+
+    def release(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    monkeypatch.setattr("loftq_cli.calibration.stream.Activations", Counted)
+    config = options(text, **more)
+    plan = pipeline.plan_quantize(str(speaking), pipeline.build_config(config))
+    pipeline.quantize(speaking, tmp_path / "out", **config)
+    assert 0 < most == activation_bytes(plan) == plan_summary(plan)["totals"]["estimated_activation_bytes"]
 
 
 @pytest.mark.parametrize("method", ["cloq", "apiq-bw"])

@@ -41,6 +41,11 @@ class _Piece:
     end: int
 
 
+def samples_wanted(samples: int) -> int:
+    """Windows to calibrate on and those held out."""
+    return samples + max(1, samples // 16)
+
+
 def token_batches(
     texts: list[Entry], tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int
 ) -> Calibration:
@@ -61,7 +66,7 @@ def token_batches(
     body = seqlen - len(bos)
     if samples < 1 or body < 1:
         raise ConfigError(f"no window can be made of {samples} samples of {seqlen} tokens", "give larger numbers")
-    wanted = samples + max(1, samples // 16)
+    wanted = samples_wanted(samples)
     texts = [text for text in texts if length(text)]
     generator = torch.Generator().manual_seed(seed)
     stretches = _stretches(texts, _STRETCH_CHARACTERS * seqlen)
