@@ -156,6 +156,7 @@ def quantize(
             raise ConfigError("`--private` is for `--push-to-hub`, which is not given", "give both, or neither")
         from loftq_cli import pipeline, show
         from loftq_cli.ranks import joined
+        from loftq_cli.resume import refusal
         from loftq_cli.windows import prepare, told
 
         plan = pipeline.plan_quantize(model, decided, to_run=not dry_run)
@@ -164,8 +165,11 @@ def quantize(
         if dry_run:
             text = prepare(plan, 1) if plan.is_calibrated else None
             if text is not None:
-                output.note(told(text, plan.config.calibration))
-            show.plan(output, plan, out, key=pipeline.identity(plan, text).key)
+                output.note(told(plan, text))
+            identity = pipeline.identity(plan, text)
+            show.plan(output, plan, out, key=identity.key)
+            if refused := refusal(plan, out, identity, resume, overwrite):
+                output.warning(f"without `--dry-run` this would be refused: {refused}")
             return
         existed = (out / "loftq_report.json").exists()
         try:
@@ -277,7 +281,7 @@ def push(
 @app.command("eval")
 def evaluate(
     out: Annotated[Path, typer.Argument(help="A folder that `loftq quantize` wrote.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text, or a .jsonl with a `text` in every line.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Plain text, or a .jsonl as `--calibration` takes.")],
     source: Annotated[str | None, typer.Option(metavar="MODEL", help="What OUT was made from: measure it too.")] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="TUNED", help="The trained adapter: measure it too.")] = None,
     seqlen: Annotated[

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loftq_cli.checkpoint.files import write_file
 from loftq_cli.checkpoint.reader import read_tensor
-from loftq_cli.config import GRIDS
+from loftq_cli.config import CALIBRATED, GRIDS
 from loftq_cli.formats import FORMATS, make_quantizer
 from loftq_cli.formats.base import to_store
 from loftq_cli.jobs import WeightJob
@@ -126,12 +126,13 @@ def add_control(plan: Plan, out: Path, report: dict[str, Any]) -> dict[str, Any]
     return report
 
 
-def sentence(control: dict[str, Any], relative_error: float) -> str:
-    """What people read of it; `relative_error` is that of base + adapter."""
+def sentence(control: dict[str, Any], relative_error: float, method: str) -> str:
+    """What people read of it; `relative_error` is that of the weights of base + adapter."""
     widths = ", ".join(f"{count} weights at {bits} bits" for bits, count in control["weights"].items())
     return (
         f"Control, the same bytes without an adapter: {control['bits_per_weight']:.2f} bits per weight ({widths}), "
-        f"rounded plainly: relative error {control['relative_error']:.4f}, of base + adapter {relative_error:.4f}"
+        f"rounded plainly: relative error of weights {control['relative_error']:.4f}, of base + adapter "
+        f"{relative_error:.4f}" + (f", but `{method}` aims at outputs instead" if method in CALIBRATED else "")
     )
 
 

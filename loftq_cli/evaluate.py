@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loftq_cli.calibration.sources import read_file
+from loftq_cli.calibration.text import render
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.config import build_config
 from loftq_cli.device import is_out_of_memory, resolve_device
@@ -71,7 +72,7 @@ def evaluate(
 
     Args:
         out: a finished output of loftq that loads as AutoModelForCausalLM, with its tokenizer.
-        text: UTF-8; of a `.jsonl`, the "text" of every line (or "prompt" and "completion"), joined by blank lines.
+        text: a file as `--calibration` takes it; texts are joined by blank lines, conversations in the chat template.
         source: folder or Hub id.
         adapter: one that was trained from that of `out`, a folder as PEFT saves it, to be measured as well.
         seqlen: tokens of a window; None is 2048, or as many as the model has positions for.
@@ -88,7 +89,7 @@ def evaluate(
     from peft import PeftModel
 
     place = resolve_device(build_config({"device": device}).device)
-    content = _read_text(text)
+    texts = read_file(text)
     adapters = {"base + adapter": out / "loftq_init"}
     if adapter is not None:
         read_tuned(out, adapter)  # refuses what is no such adapter
@@ -104,6 +105,7 @@ def evaluate(
 
     with _quiet(), _sentences(out, report, batch_size), torch.no_grad():
         tokenizer = _tokenizer(out, report)
+        content = "\n\n".join(entry if isinstance(entry, str) else render(entry, tokenizer) for entry in texts)
         ids = tokenizer(content, add_special_tokens=False).input_ids
         bos = tokenizer.bos_token_id
         windows = cut(ids[:max_tokens], bos, _window_length(out, report, seqlen))
@@ -233,14 +235,6 @@ def _window_length(out: Path, report: dict[str, Any], seqlen: int | None) -> int
     if seqlen is not None and seqlen > limit:
         raise LoftqError(f"`--seqlen {seqlen}`: `{out}` has {limit} positions", f"use `--seqlen {limit}` or less")
     return min(SEQLEN, limit) if seqlen is None else seqlen
-
-
-def _read_text(file: Path) -> str:
-    texts = read_file(file)
-    plain = [text for text in texts if isinstance(text, str)]
-    if len(plain) < len(texts):
-        raise LoftqError(f"`{file}` holds conversations", "perplexity is of texts: give each as a `text`")
-    return "\n\n".join(plain)
 
 
 def _refuse_unloadable(out: Path, report: dict[str, Any]) -> None:

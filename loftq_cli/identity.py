@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
+
+WINDOWS = ("samples", "seqlen", "seed")  # what cuts the same text into other tokens
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,16 @@ class Identity:
             "loftq version": (self.version, other.version),
             "source checkpoint": (self.source, other.source),
         }
-        derived = {"alpha"} if all(c.get("alpha") == c.get("rank") for c in (self.config, other.config)) else set()
+        configs = self.config, other.config
+        derived = {"alpha"} if all(config.get("alpha") == config.get("rank") for config in configs) else set()
+        if any(self.config.get(name) != other.config.get(name) for name in WINDOWS):
+            derived |= {"calibration_tokens"}
         for name in sorted({*self.config, *other.config} - {"calibration"} - derived):  # text is known by its tokens
             shown = "the text of --calibration" if name == "calibration_tokens" else "--" + name.replace("_", "-")
             pairs[shown] = (self.config.get(name), other.config.get(name))
-        return [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+        return [f"{name} was {_brief(old)}, now {_brief(new)}" for name, (old, new) in pairs.items() if old != new]
+
+
+def _brief(value: Any) -> str:
+    """A hash by its first digits."""
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)

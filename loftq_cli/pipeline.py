@@ -37,7 +37,6 @@ from loftq_cli.journal import (
     REPORT_FILE,
     WORK_FOLDER,
     Journal,
-    check_out,
     claimed,
 )
 from loftq_cli.lanes import Lanes
@@ -46,7 +45,7 @@ from loftq_cli.outputs import Outputs
 from loftq_cli.plan import ADAPTER_FILE, INDEX_FILE, Plan, Step, adapter_metadata, make_plan
 from loftq_cli.ranks import ALONE, Ranks
 from loftq_cli.report import base_fingerprint, build_report
-from loftq_cli.resume import check_disk, forget_lost, refuse_source_as_out
+from loftq_cli.resume import forget_lost, is_finished
 from loftq_cli.streaming import refuse_eviction, refuse_sharing, streamed
 from loftq_cli.targets import find_targets
 from loftq_cli.windows import describe, prepare, told
@@ -120,7 +119,7 @@ def run_plan(
     `before` is called when nothing here stands in the way, and may refuse; never of a run that is finished already.
     """
     if (calibration := prepare(plan, ranks.size) if plan.is_calibrated else None) is not None:
-        note(told(calibration, plan.config.calibration))
+        note(told(plan, calibration))
     identified = identity(plan, calibration)
     device = torch.device(plan.config.device)
     if device.type == "cuda":
@@ -130,11 +129,9 @@ def run_plan(
     refuse_sharing(plan.config, ranks.size)
     if ranks.rank > 0:
         return _follow(plan, out, identified, device, ranks, progress, calibration)
-    refuse_source_as_out(plan, out)
-    if check_out(out, identified, resume, overwrite):
+    if is_finished(plan, out, identified, resume, overwrite):
         ranks.tell(FINISHED)
         return read_finished(out)
-    check_disk(plan, out)
     before()
     with claimed(out, identified, resume, overwrite) as journal:
         if journal is None:

@@ -15,11 +15,34 @@ from loftq_cli.checkpoint.streamed import KEPT
 from loftq_cli.checkpoint.writer import TensorSpec, file_bytes, is_unfinished
 from loftq_cli.errors import LoftqError
 from loftq_cli.heads import adapter_name
+from loftq_cli.identity import Identity
 from loftq_cli.jobs import WeightBatch, WeightJob
-from loftq_cli.journal import WORK_FOLDER, Journal
+from loftq_cli.journal import WORK_FOLDER, Journal, check_out
 from loftq_cli.plan import ADAPTER_FILE, Plan, ShardPlan, Step, adapter_metadata
 
 Stored = tuple[dict[str, Tensor], tuple[Tensor, Tensor]]  # of the base, by name, and the factors as stored
+
+
+def is_finished(plan: Plan, out: Path, identity: Identity, resume: bool, overwrite: bool) -> bool:
+    """Whether there is nothing to do in `out`.
+
+    Raises:
+        LoftqError: the run may not write there, or the disk is too full.
+    """
+    refuse_source_as_out(plan, out)
+    if check_out(out, identity, resume, overwrite):
+        return True
+    check_disk(plan, out)
+    return False
+
+
+def refusal(plan: Plan, out: Path, identity: Identity, resume: bool, overwrite: bool) -> str | None:
+    """What `is_finished` would raise."""
+    try:
+        is_finished(plan, out, identity, resume, overwrite)
+    except LoftqError as error:
+        return "; ".join(filter(None, (error.message, error.hint)))
+    return None
 
 
 def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:

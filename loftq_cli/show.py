@@ -119,8 +119,6 @@ def report(
             output.warning(
                 f"no text reached {len(blind)} weights, which were quantized without looking at any: {blind[0]}, …"
             )
-    if note := report.get("calibration", {}).get("note"):
-        output.warning(note)
     seconds = totals["seconds"]
     stages = ", ".join(
         f"{stage.replace('_', ' ')} {seconds[stage]:.1f}" for stage in seconds if stage != "total" and seconds[stage]
@@ -136,7 +134,7 @@ def report(
         if told:
             output.result(told)
     if control := report.get("control"):
-        output.result(sentence(control, totals["relative_error"]))
+        output.result(sentence(control, totals["relative_error"], config["method"]))
     load = "\n".join(f"  {line}" if line else "" for line in load_lines(report, str(out)))
     notes = "".join(f"\n  {note}" for note in load_notes(report))
     output.result(f"\nLoad it ({install_line(report)}):\n\n{load}\n{notes}")

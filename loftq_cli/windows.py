@@ -18,6 +18,7 @@ from loftq_cli.meta_model import build_to_run, state_keys
 from loftq_cli.plan import Plan
 
 LONGEST_WINDOW = 2048  # tokens, unless more are asked for
+SLOW = 1e13  # operations of running the text through source and quantized model: minutes of a CPU
 
 
 def prepare(plan: Plan, ranks: int) -> Calibration:
@@ -127,13 +128,15 @@ def positions(config: dict[str, Any], model: Any = None) -> int:
     return int(known)
 
 
-def told(calibration: Calibration, source: str | None) -> str:
-    """What it is, in a sentence."""
+def told(plan: Plan, calibration: Calibration) -> str:
+    """What it is, in a sentence, and what to do where it takes long."""
     samples, seqlen = calibration.tokens.shape
+    source, work = plan.config.calibration, 4 * plan.parameters * calibration.tokens.numel()
     text = "the default text" if source is None else f"`{source}`"
     less = "" if calibration.note is None else f"; {calibration.note}"
     judges = f"{len(calibration.held_out)} × {seqlen:,} more judge"
-    return f"calibrating on {samples} × {seqlen:,} tokens of {text}; {judges}{less}"
+    slow = "; slow on a CPU, where smaller `--samples` and `--seqlen` help" if not plan.on_gpu and work > SLOW else ""
+    return f"calibrating on {samples} × {seqlen:,} tokens of {text}; {judges}{less}{slow}"
 
 
 def describe(calibration: Calibration) -> dict[str, Any]:

@@ -761,6 +761,8 @@ def test_other_text_is_another_run(speaking: Path, text: Path, tmp_path: Path) -
     copy.write_text(text.read_text()[::-1])
     with pytest.raises(LoftqError, match="the text of --calibration was"):
         pipeline.quantize(speaking, out, **options(copy, method="qera"))
+    with pytest.raises(LoftqError, match=r"with other settings: --samples was 12, now 6$"):
+        pipeline.quantize(speaking, out, **options(copy, method="qera", samples=6))
 
 
 def test_refusals(speaking: Path, tiny_llama: Path, text: Path, tmp_path: Path) -> None:

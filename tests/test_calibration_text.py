@@ -226,6 +226,13 @@ def test_jsonl_refusals_name_the_line(tmp_path: Path, line: bytes, words: str) -
     assert caught.value.hint
 
 
+def test_a_field_of_another_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}')
+    with pytest.raises(LoftqError) as caught:
+        read_texts(str(tmp_path / "bad.jsonl"))
+    assert caught.value.hint == "it has `text` (int)"
+
+
 def test_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "prose.txt"

@@ -76,6 +76,17 @@ def test_json_is_one_object_on_stdout(tiny_llama: Path, tmp_path: Path) -> None:
     assert "self_attn.q_proj" in (out.parent / "page.html").read_text()
 
 
+def test_a_dry_run_says_what_the_run_would_be_refused_for(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    for out, told in ((tmp_path / "mine", "nothing that loftq made"), (tiny_llama, "holds the MODEL itself")):
+        result = loftq("quantize", *FAST, "--dry-run", "--json", tiny_llama, out)
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["key"]
+        assert told in result.stderr.replace("\n", " ")
+    assert "refused" not in loftq("quantize", *FAST, "--dry-run", tiny_llama, tmp_path / "new").stderr
+
+
 def test_dry_run_writes_nothing_and_needs_headers_only(sharded_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", *FAST, "--dry-run", "--json", sharded_llama, tmp_path / "out")
     assert result.exit_code == 0, result.stderr

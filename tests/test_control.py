@@ -92,7 +92,10 @@ def test_the_command_says_it_and_reports_it(tiny_llama: Path, tmp_path: Path) ->
     report = json.loads((out / "loftq_report.json").read_text())
     error = report["control"]["relative_error"]
     assert f"without an adapter: {report['control']['bits_per_weight']:.2f} bits per weight" in shown.stdout
-    assert f"relative error {error:.4f}, of base + adapter {report['totals']['relative_error']:.4f}" in shown.stdout
+    assert (
+        f"relative error of weights {error:.4f}, of base + adapter {report['totals']['relative_error']:.4f}"
+        in shown.stdout
+    )
     assert loftq("verify", out, "--source", tiny_llama).exit_code == 0
 
     # nothing else is changed by it, and a finished output gets it, too

@@ -222,6 +222,20 @@ def test_jsonl_is_the_texts_with_blank_lines_between(out: Path, tmp_path: Path) 
         evaluate(out, lines, device="cpu")
 
 
+def test_conversations_are_measured_in_the_chat_template(out: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(out, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    said = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Whose?"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": said}))
+    (tmp_path / "plain.txt").write_text(f"[user] {TEXT}\n[assistant] Whose?\n")
+    rows = [evaluate(folder, tmp_path / name, seqlen=SEQLEN, device="cpu").rows for name in ("chat.jsonl", "plain.txt")]
+    assert rows[0] == rows[1]
+
+
 def test_a_source_that_is_another_model_is_said(out: Path, text: Path, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", num_hidden_layers=1)
     ran = loftq("eval", out, "--text", text, "--source", other, "--device=cpu", "--json")
@@ -267,7 +281,7 @@ REFUSALS = {
     "not UTF-8": (lambda out: (out / "t.txt").write_bytes(b"ab\xff"), (), "invalid start byte at byte 2"),
     "conversations": (
         lambda out: (out / "t.jsonl").write_text('{"messages": [{"role": "user", "content": "Why?"}]}'),
-        ("--text={out}/t.jsonl",), "holds conversations",
+        ("--text={out}/t.jsonl",), "no chat template",
     ),
     "not a causal LM": (lambda out: edit_report(out, auto_class="AutoModelForSeq2SeqLM"), (), "AutoModelForSeq2SeqLM"),
     "missing package": (lambda out: edit_report(out, requirements=["absent-pkg>=7"]), (), "pip install transformers"),

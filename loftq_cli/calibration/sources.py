@@ -105,7 +105,8 @@ def _entry(row: Any, place: str) -> Entry:
         raise LoftqError(
             f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings, nor both "
             "`prompt` and `completion`",
-            "it has " + (", ".join(f"`{name}`" for name in fields) or f"no fields: {row!r:.40}"),
+            "it has "
+            + (", ".join(f"`{key}` ({type(fields[key]).__name__})" for key in fields) or f"no fields: {row!r:.40}"),
         )
     if any(not string.isascii() and re.search("[\ud800-\udfff]", string) for string in strings):
         raise LoftqError(f"{place} holds half of a surrogate pair, which is no character", "remove it")

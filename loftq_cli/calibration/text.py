@@ -131,7 +131,7 @@ def _tokenize(texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreT
     """The tokens of each stretch, int64 [n], with an EOS after every text but the last, and those that end with one."""
     pieces = [piece for stretch in stretches for piece in stretch]
     strings = [
-        text[piece.begin : piece.end] if isinstance(text := texts[piece.entry], str) else _render(text, tokenizer)
+        text[piece.begin : piece.end] if isinstance(text := texts[piece.entry], str) else render(text, tokenizer)
         for piece in pieces
     ]
     # not verbose: a stretch may be longer than the model's context, of which the tokenizer would warn
@@ -149,10 +149,15 @@ def _tokenize(texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreT
     return tokens
 
 
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation in the chat template.
+
+    Raises:
+        LoftqError: there is none, or it refuses this one.
+    """
     if not tokenizer.chat_template:
         raise LoftqError(
-            "the calibration text holds conversations, but the tokenizer has no chat template",
+            "the text holds conversations, but the tokenizer has no chat template",
             "give plain text (`text` in place of `messages`), or a tokenizer with a chat template",
         )
     try:
