@@ -204,7 +204,7 @@ def _quantize(
     jobs = _jobs(plan, block)
     results: dict[str, BatchResult] = {}
     if any(job.tensor in missing for job in jobs.values()):
-        # as a whole, even if an earlier session has written a part of it: what is written again are the same bytes
+        # as a whole: what an earlier session has written of a part of it is forgotten
         for layer, of in fit(plan, block, jobs).items():
             result = store(plan, WeightBatch((jobs[layer],)), of.W, of.made, of.watch)
             results[layer] = replace(result, training=of.training, unreached=not of.reached)
@@ -213,8 +213,7 @@ def _quantize(
     }
     row, errors = _measure(plan, block, jobs, stored)
     for layer, result in results.items():
-        if jobs[layer].tensor in missing:
-            put(replace(result, output_errors=errors[layer]), 0.0)
+        put(replace(result, output_errors=errors[layer]), 0.0)
     return row
 
 

@@ -62,6 +62,34 @@ def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
         if not is_whole(plan, shard, out, journal):
             journal.file(shard.file).sha256 = None
             forget(shard.file, shard.layout, shard.metadata)
+    if plan.is_calibrated:
+        _forget_halves(plan, journal)
+
+
+def _forget_halves(plan: Plan, journal: Journal) -> None:
+    """Forget weights of transformer blocks that are not whole.
+
+    A block is fitted as one: other hardware, or another number of processes, may fit it to other bytes, and halves of
+    two fits are neither what the report says nor what later blocks were fitted to.
+    """
+    blocks: dict[str, list[WeightJob]] = {}
+    for job in plan.jobs:
+        if job.block:
+            blocks.setdefault(job.block, []).append(job)
+
+    def parts(job: WeightJob) -> list[tuple[str, list[str]]]:
+        factors = list(job.factor_names) if job.rank else []
+        return [(job.file, [spec.name for spec in plan.stored(job)]), (plan.factor_file(job), factors)]
+
+    def is_done(job: WeightJob) -> bool:
+        written = all(journal.file(file).written.issuperset(names) for file, names in parts(job))
+        return written and job.tensor in journal.rows
+
+    for jobs in blocks.values():
+        if not all(map(is_done, jobs)):
+            for file, names in (part for job in jobs for part in parts(job)):
+                journal.file(file).written.difference_update(names)
+                journal.file(file).sha256 = None
 
 
 def growing(out: Path, file: str) -> Path:

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from loftq_cli.stopwatch import Stopwatch
 from loftq_cli.targets import find_targets
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
+from loftq_cli.worker import store
 from tests.test_eval import save_tokenizer
 from tests.test_ranks import run
 
@@ -737,6 +739,37 @@ def test_resumed_bytes_are_those_of_a_straight_run(
         for made in (report, straight)
     ]
     assert without_times[0] == without_times[1]
+    assert verify(tmp_path / "out", str(speaking)).violations == ()
+
+
+@pytest.mark.parametrize("stop", [1, 7, 9, 13, 16, 20])
+def test_a_block_is_of_one_session(
+    speaking: Path, text: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the next fits it to other bytes (other hardware, say), its weights are still of one fit, as reported."""
+    original, calls, given = outputs.Outputs._store, [0], list[str]()
+
+    def dying(self: Any, *arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] > stop:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "COMMIT_SECONDS", 0)
+        patch.setattr(outputs.Outputs, "_store", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+
+    def other(plan: Any, batch: Any, W: Tensor, made: Any, *arguments: Any) -> Any:
+        given.append(batch.first.module)
+        factors = replace(made.factors, lora_B=0.9 * made.factors.lora_B)
+        return store(plan, batch, W, replace(made, factors=factors), *arguments)
+
+    monkeypatch.setattr(blocks, "store", other)
+    pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, method="cloq"))
+    again = [sum(f"layers.{number}." in module for module in given) for number in range(3)]
+    assert again == [7 * (stop < 7 * (number + 1)) for number in range(3)]
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
 
