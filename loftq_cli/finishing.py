@@ -78,6 +78,7 @@ def finish(
     config = plan.config
     batches, held_out = share.batches(*stream.tokens.shape)
     steps = count()
+    numbers = plan.checkpoint.config.get("problem_type") in ("regression", "multi_label_classification")
 
     def loss_of(rows: slice) -> Tensor:
         if torch.is_grad_enabled() and (step := next(steps)) % len(batches) == 0:
@@ -85,8 +86,10 @@ def finish(
             epoch = min(step // len(batches) + 1, config.finish_epochs)  # a step that had to be repeated counts twice
             tell(f"finish, epoch {epoch} of {config.finish_epochs}", passed)
         with torch.no_grad():
-            wanted, are_logits = stream.said(rows, ends)
-        return (divergence if are_logits else relative_error)(stream.said(rows)[0], wanted)
+            wanted = stream.said(rows, ends)
+        said = stream.said(rows)
+        apart = [distance(said[name], theirs, name == "first" or numbers) for name, theirs in wanted.items()]
+        return torch.stack(apart).sum()
 
     with live_blocks(stream, weights), torch.enable_grad():
         how = Training(config.finish_epochs, config.finish_lr, seed=config.seed)
@@ -105,6 +108,11 @@ def keep(out: Path, made: Factors, fit: Fit) -> None:
     }
     metadata = {"modules": json.dumps(list(made)), "fit": json.dumps(asdict(fit))}
     write_file(out / FINISH_FILE, save(tensors, metadata))
+
+
+def distance(ours: Tensor, theirs: Tensor, numbers: bool) -> Tensor:
+    """The divergence of logits of alternatives; of `numbers`, such as a regression's one, the relative error."""
+    return relative_error(ours, theirs) if numbers or theirs.shape[-1] == 1 else divergence(ours, theirs)
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

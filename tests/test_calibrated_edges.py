@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 from typer.testing import CliRunner
 
 from loftq_cli import finishing, pipeline
@@ -15,6 +17,7 @@ from loftq_cli.calibration import activations
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 from loftq_cli.verify import verify
+from loftq_cli.windows import prepare
 from tests.test_blocks import options, speaking, text  # noqa: F401
 from tests.test_eval import save_tokenizer
 
@@ -102,3 +105,50 @@ def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeyp
     assert activations.available_bytes() == pytest.approx(free, rel=0.2)
     (tmp_path / "memory.max").write_text("5000\n")
     assert activations.available_bytes() == 4000
+
+
+HEADS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "an answer's begin and end": (tf.BertForQuestionAnswering, {}, ("start_logits", "end_logits")),
+    "one number": (tf.BertForSequenceClassification, {"num_labels": 1}, ("logits",)),
+    "labels of their own": (
+        tf.BertForSequenceClassification, {"num_labels": 3, "problem_type": "multi_label_classification"}, ("logits",)
+    ),
+    "a decoder without padding": (tf.LlamaForSequenceClassification, {"num_labels": 3}, ("logits",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_finish_brings_every_output_closer(head: str, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Measured on source and loaded model, by what the outputs are: distributions, or numbers."""
+    cls, more, names = HEADS[head]
+    torch.manual_seed(0)
+    config = cls.config_class(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
+        max_position_embeddings=64, pad_token_id=None, **more,
+    )  # fmt: skip
+    source = cls(config)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    source.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    asked = options(text, method="qera", finish_epochs=12, finish_lr=2e-3, samples=32)
+    tokens = prepare(pipeline.plan_quantize(str(tmp_path / "model"), pipeline.build_config(asked)), 1).tokens
+    source.eval().config.pad_token_id = loaded_pad = -1
+    apart = []
+    for epochs in (0, 12):
+        out = tmp_path / str(epochs)
+        rest = {} if epochs else {"finish_epochs": 0, "finish_lr": 5e-4}
+        report = pipeline.quantize(tmp_path / "model", out, **{**asked, **rest})
+        base = cls.from_pretrained(out, dtype=torch.float32)
+        base.config.pad_token_id = loaded_pad
+        model = PeftModel.from_pretrained(base, out, subfolder="loftq_init").eval()
+        with torch.no_grad():
+            theirs, ours = source(tokens), model(tokens)
+        numbers = more.get("num_labels") == 1 or "problem_type" in more
+        both = [[said[name] if numbers else said[name].softmax(-1) for name in names] for said in (ours, theirs)]
+        apart.append([float((one - other).norm() / other.norm()) for one, other in zip(*both, strict=True)])
+    assert 0 < report["calibration"]["finish"]["after"] < report["calibration"]["finish"]["before"]
+    for before, after in zip(*apart, strict=True):
+        assert after < 0.9 * before

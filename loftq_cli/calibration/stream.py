@@ -109,6 +109,11 @@ class BlockStream:
         for module in model.modules():  # a T5's decoder has a configuration of its own
             if getattr(getattr(module, "config", None), "use_cache", None):
                 module.config.use_cache = False
+        text = model.config.get_text_config()
+        if (
+            getattr(text, "pad_token_id", None) is None
+        ):  # without one, classifiers refuse more than one sample at a time
+            text.pad_token_id = -1  # which no token is
         stacks = [Stack(model, path) for path in paths]
         there: dict[str, Tensor] = {}  # by tensor: tied ones are read once
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
@@ -161,8 +166,8 @@ class BlockStream:
             for block, names in filled:
                 _empty(block, names)
 
-    def said(self, rows: slice, ends: dict[str, Activations] | None = None) -> tuple[Tensor, bool]:
-        """What the model says of samples: logits, e.g. [samples, tokens, words], or what comes out first; and which.
+    def said(self, rows: slice, ends: dict[str, Activations] | None = None) -> dict[str, Tensor]:
+        """What the model says of samples, by its name: all logits, e.g. [samples, tokens, words], or what comes first.
 
         With `ends` of all stacks from these, else by what the stand-ins compute.
         """
@@ -170,10 +175,16 @@ class BlockStream:
             stack.stand_ins[-1].replay = None if ends is None else ends[stack.path][rows].to(self.device)
             for stand_in in stack.stand_ins:
                 stand_in.idle = ends is not None
-        out = self._model(**self._inputs(self.tokens[rows]))
+        with calling("the model"):
+            out = self._model(**self._inputs(self.tokens[rows]))
         for stack in self.stacks:
             stack.stand_ins[-1].replay = None
-        return (out["logits"], True) if "logits" in out else (out[0], False)
+        # of question answering two, where an answer begins and where it ends
+        return {name: value for name, value in out.items() if name.endswith("logits")} or {"first": out[0]}
+
+    def parameter(self, key: str) -> Tensor:
+        """A parameter of a block, from the files."""
+        return self._read(key).to(self.device, self.dtype)
 
     def _fill(self, block: nn.Module, prefix: str, without: Container[str] = ()) -> list[str]:
         """Fill in a block's parameters, but for the weights of modules in `without`; return their names."""
@@ -182,7 +193,7 @@ class BlockStream:
             key = f"{prefix}.{name}"
             if key.endswith(".weight") and key.removesuffix(".weight") in without:
                 continue
-            _set(block, name, self._read(key).to(self.device, self.dtype))
+            _set(block, name, self.parameter(key))
             names.append(name)
         self._fill_buffers(block, f"{prefix}.")
         return names
