@@ -10,9 +10,10 @@ neither are activations but those between blocks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,27 @@ class _LiveWeight(nn.Module):
             return from_store(self._plan.format, job.place, there, like)
 
 
+def _others(stream: BlockStream, weights: Container[str]) -> dict[str, Callable[[], Tensor]]:
+    """What reads a block's matrix, by module name, of those that are not in `weights`; none where they are small."""
+    found = {}
+    for stack in stream.stacks:
+        for number, block in enumerate(stack.blocks):
+            for path, module in block.named_modules(prefix=f"{stack.path}.{number}"):
+                matrix = getattr(module, "weight", None)
+                if isinstance(matrix, Tensor) and matrix.ndim == 2 and path not in weights:
+                    found[path] = matrix.numel()
+    if sum(found.values()) * stream.dtype.itemsize <= KEPT_BYTES:
+        return {}
+    return {path: partial(stream.parameter, f"{path}.weight") for path in found}
+
+
 @contextmanager
-def live_blocks(stream: BlockStream, weights: dict[str, _LiveWeight]) -> Iterator[None]:
-    """Inside, the model of `stream` computes with its own blocks, and `weights` in them, by their module names."""
+def live_blocks(stream: BlockStream, weights: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Inside, the model of `stream` computes with its own blocks, and `weights` in them, by their module names.
+
+    Other matrices of blocks, such as those that `--skip` leaves as they are, are read when they are needed, too.
+    """
+    weights = {**_others(stream, weights), **weights}
     with stream.all_loaded(weights.keys()) as modules:
         for name, module, stand_in in modules:
             inside = {

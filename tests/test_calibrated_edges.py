@@ -152,3 +152,39 @@ def test_a_finish_brings_every_output_closer(head: str, text: Path, tmp_path: Pa
     assert 0 < report["calibration"]["finish"]["after"] < report["calibration"]["finish"]["before"]
     for before, after in zip(*apart, strict=True):
         assert after < 0.9 * before
+
+
+def test_a_finish_of_a_large_model_holds_no_block_s_matrices(
+    speaking: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not those with bits, nor those that are skipped; and what is kept of a small one are the same numbers."""
+    asked = options(text, method="cloq", finish_epochs=1, skip=("*.layers.[01].mlp.*",))
+    kept = pipeline.quantize(speaking, tmp_path / "kept", **asked)["files"]
+    there: list[bool] = []
+    original = finishing.train
+
+    def watched(groups: Any, batches: Any, held_out: Any, loss_of: Any, *more: Any) -> Any:
+        def loss(rows: slice) -> torch.Tensor:
+            there.extend(
+                p.is_meta for stack in stream.stacks for b in stack.blocks for p in b.parameters() if p.ndim > 1
+            )
+            return loss_of(rows)
+
+        return original(groups, batches, held_out, loss, *more)
+
+    def streaming(given: Any, *more: Any) -> Any:
+        nonlocal stream
+        stream = given
+        return lively(given, *more)
+
+    stream: Any = None
+    lively = finishing.live_blocks
+    monkeypatch.setattr(finishing, "KEPT_BYTES", 0)
+    monkeypatch.setattr(finishing, "live_blocks", streaming)
+    monkeypatch.setattr(finishing, "train", watched)
+    assert pipeline.quantize(speaking, tmp_path / "read", **asked)["files"] == kept
+    assert there
+    assert all(there)
