@@ -42,7 +42,10 @@ from tests.test_ranks import run
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64}
-SEQ2SEQ = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
+SEQ2SEQ = {
+    "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 300,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 BART = {
     "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 300, "max_position_embeddings": 64,
@@ -109,6 +112,13 @@ def streamed(folder: Path, paths: list[str], tokens: Tensor) -> dict[str, list[T
     return left
 
 
+def both_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """What a model is called with: a decoder behind an encoder as in training, to say the same text."""
+    encodes = model.config.is_encoder_decoder
+    both = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(tokens)} if encodes else {}
+    return {"input_ids": tokens, **both}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_are_what_the_whole_model_computes(family: str, tmp_path: Path) -> None:
     make, paths = FAMILIES[family]
@@ -122,9 +132,8 @@ def test_streams_are_what_the_whole_model_computes(family: str, tmp_path: Path) 
             block.register_forward_hook(
                 lambda _, __, out, path=path: expected[path].append(out if isinstance(out, Tensor) else out[0])
             )
-    both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        model(input_ids=tokens, **both)
+        model(**both_of(model, tokens))
     found = streamed(tmp_path, paths, tokens)
     assert found.keys() == expected.keys()
     for path, hidden in expected.items():
@@ -156,14 +165,13 @@ def test_whole_families(family: str, text: Path, tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(loaded, out, subfolder="loftq_init").eval()
     last = report["calibration"]["blocks"][-1]
     left: list[Tensor] = []
-    both = {"decoder_input_ids": tokens} if source.config.is_encoder_decoder else {}
     for one in (source, loaded):
         one.get_submodule(last["name"]).register_forward_hook(
             lambda _, __, out: left.append(out if isinstance(out, Tensor) else out[0])
         )
     with torch.no_grad():
-        source(input_ids=tokens, **both)
-        model(input_ids=tokens, **both)
+        source(**both_of(source, tokens))
+        model(**both_of(source, tokens))
     expected = ((left[0] - left[1]).norm() / left[0].norm()).item()
     assert last["output_error"] == pytest.approx(expected, rel=1e-3)
 

@@ -255,8 +255,12 @@ class BlockStream:
         return caught[0]
 
     def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
-        tokens, both = tokens.to(self.device), getattr(self._model.config, "is_encoder_decoder", False)
-        return {"input_ids": tokens, **({"decoder_input_ids": tokens} if both else {})}
+        tokens, config = tokens.to(self.device), self._model.config
+        if not getattr(config, "is_encoder_decoder", False):
+            return {"input_ids": tokens}
+        start = getattr(config, "decoder_start_token_id", None)  # a decoder is asked for what follows
+        said = tokens if start is None else torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], 1)
+        return {"input_ids": tokens, "decoder_input_ids": said}
 
     def _in_order(self, stacks: list[Stack]) -> list[Stack]:
         """The stacks as the model calls them: an encoder before the decoder that attends to it.
