@@ -61,7 +61,7 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
         words = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # of several parts, each with its own
         raise _not_text(plan, "that has no one table of tokens") from None
-    if (highest := int(calibration.tokens.max())) >= words:
+    if (highest := int(torch.cat([calibration.tokens, calibration.held_out]).max())) >= words:
         raise LoftqError(
             f"the tokenizer of `{checkpoint.model}` says {highest}, and the model knows {words} tokens",
             "put the tokenizer that it was trained with beside the weights",

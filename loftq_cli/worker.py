@@ -59,7 +59,7 @@ class WeightRow:
     output_error_without_adapter: float | None
     held_out_output_error: float | None
     held_out_output_error_without_adapter: float | None
-    training: Fit | None  # of the weight, or of its block as a whole
+    training: Fit | None  # of the weight, its loss but for a constant (`apiq.fit_layer`), or of its block as a whole
     unreached: bool | None  # by any text: a weight-only method stood in
     sha256: dict[str, str]  # of each stored tensor's bytes, so that `verify` can name what was changed
     seconds: float

@@ -21,6 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from loftq_cli import blocks, fitting, outputs, pipeline
+from loftq_cli.calibration import activations
 from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.observe import by_input, compare, moments
 from loftq_cli.calibration.stream import BlockStream
@@ -30,6 +31,7 @@ from loftq_cli.errors import ConfigError, LoftqError
 from loftq_cli.fitting import Block, Share, micro_batches
 from loftq_cli.memory import activation_bytes
 from loftq_cli.meta_model import build_to_run, state_keys
+from loftq_cli.methods import Inputs
 from loftq_cli.methods.training import Training, alone, train
 from loftq_cli.report import plan_summary
 from loftq_cli.stopwatch import Stopwatch
@@ -602,11 +604,21 @@ def test_a_gpu_reads_back_every_format(speaking: Path, text: Path, tmp_path: Pat
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
 
-def test_activations_in_files_change_nothing(speaking: Path, text: Path, tmp_path: Path) -> None:
-    reports = []
-    for budget in (None, 0):
+def test_activations_in_files_change_nothing(
+    speaking: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped, original, reports = [0], activations._mapped, []
+
+    def count(*arguments: Any) -> Tensor:
+        mapped[-1] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(activations, "_mapped", count)
+    for budget in (1000, 0):  # GiB
         config = options(text, method="apiq-bw", epochs=1, activation_budget=budget)
         reports.append(pipeline.quantize(speaking, tmp_path / str(budget), **config))
+        mapped.append(0)
+    assert mapped[0] == 0 < mapped[1]
     assert reports[0]["files"] == reports[1]["files"]
     assert reports[0]["config"] == reports[1]["config"]
 
@@ -680,6 +692,46 @@ def test_training_that_only_harms_leaves_its_start(speaking: Path, text: Path, t
         for config in ({"method": "cloq"}, {"method": "apiq-bw", **rates})
     )
     assert [row["sha256"] for row in trained["weights"]] == [row["sha256"] for row in started["weights"]]
+
+
+def test_held_out_samples_decide_what_a_layer_keeps(
+    speaking: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They judge before and after; and where their inputs are not finite, nothing is better than the start."""
+    how = {"method": "apiq-lw", "epochs": 2}
+    started, trained = (
+        pipeline.quantize(speaking, tmp_path / config["method"], **options(text, **config))
+        for config in ({"method": "cloq"}, how)
+    )
+    first = [row for row in trained["weights"] if ".layers.0." in row["name"] and row["name"][-6:-5] in "qkv"]
+    assert len(first) == 3
+    for row in first:  # nothing has drifted that enters them: what they lose is the error of their outputs
+        assert row["training"]["after"] ** 0.5 == pytest.approx(row["held_out_output_error"], rel=1e-3)
+        assert row["output_error"] != pytest.approx(row["held_out_output_error"], rel=1e-2)
+    original = fitting.Block.inputs
+
+    def changed(self: Block, layer: str, held_out: bool) -> Inputs:
+        found = original(self, layer, held_out)
+        return Inputs(found.gram * math.nan) if held_out else found
+
+    monkeypatch.setattr(fitting.Block, "inputs", changed)
+    judged = pipeline.quantize(speaking, tmp_path / "judged", **options(text, **how))
+    hashes = [[row["sha256"] for row in report["weights"]] for report in (started, trained, judged)]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_augmented_training_also_looks_at_what_really_enters(speaking: Path, text: Path, tmp_path: Path) -> None:
+    """Of the first block both losses are one, but for the factor 2: the next ones see two inputs."""
+    made = [
+        pipeline.quantize(
+            speaking, tmp_path / str(augmented), **options(text, method="apiq-bw", epochs=1, augmented=augmented)
+        )
+        for augmented in (False, True)
+    ]
+    plain, both = ([row for row in report["weights"] if ".layers.2." in row["name"]] for report in made)
+    assert all(one["sha256"] != other["sha256"] for one, other in zip(plain, both, strict=True))
+    for row in both:
+        assert row["training"]["after"] < row["training"]["before"]
 
 
 @pytest.mark.parametrize("more", [{"method": "cloq"}, {"method": "apiq-bw", "epochs": 1}], ids=str)

@@ -12,8 +12,9 @@ import transformers as tf
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from loftq_cli import finishing, pipeline
+from loftq_cli import finishing, pipeline, windows
 from loftq_cli.calibration import activations
+from loftq_cli.calibration.text import Calibration
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 from loftq_cli.verify import verify
@@ -59,7 +60,12 @@ def test_a_weight_of_zeros_stays_zero(speaking: Path, text: Path, tmp_path: Path
         assert verify(tmp_path / method, str(tmp_path / "model")).violations == ()
 
 
-def test_text_that_the_model_cannot_take(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_text_that_the_model_cannot_take(
+    speaking: Path,  # noqa: F811
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(LoftqError, match="positions"):
         pipeline.quantize(speaking, tmp_path / "out", **options(text, method="qera", seqlen=100_000))
     model = tf.AutoModelForCausalLM.from_pretrained(speaking)
@@ -68,6 +74,10 @@ def test_text_that_the_model_cannot_take(speaking: Path, text: Path, tmp_path: P
     save_tokenizer(tmp_path / "small")
     with pytest.raises(LoftqError, match="the model knows 20 tokens"):
         pipeline.quantize(tmp_path / "small", tmp_path / "out", **options(text, method="qera"))
+    judges = Calibration(torch.zeros(12, 32, dtype=torch.int64), torch.full((1, 32), 300), None)
+    monkeypatch.setattr(windows, "token_batches", lambda *_: judges)
+    with pytest.raises(LoftqError, match="says 300, and the model knows 300 tokens"):
+        pipeline.quantize(speaking, tmp_path / "out", **options(text, method="qera"))
     assert not (tmp_path / "out").exists()
 
 

@@ -142,6 +142,50 @@ def test_eos_stands_between_texts_and_bos_before_windows() -> None:
     assert decoded(PLAIN, token_batches(["abc", "defg", "hi"], PLAIN, 1, 9, 0).tokens) == ["abcdefghi"]
 
 
+def test_encoders_see_cls_and_sep() -> None:
+    """As where they are used: CLS begins every window, SEP stands between texts and ends every window."""
+    encoder = byte_tokenizer(cls_token="[CLS]", sep_token="[SEP]")
+    made = token_batches(["abc", " ", "defg", "hi"], encoder, 1, 13, 0)  # 9 letters, and two SEP between them
+    assert decoded(encoder, made.tokens) == ["[CLS]abc[SEP]defg[SEP]hi[SEP]"]
+    made = token_batches([numbered(100)], encoder, 16, 64, 0)
+    windows = torch.cat([made.tokens, made.held_out])
+    assert windows.shape == (17, 64)
+    assert set(windows[:, 0].tolist()) == {encoder.cls_token_id}
+    assert set(windows[:, -1].tolist()) == {encoder.sep_token_id}
+    assert not torch.isin(windows[:, 1:-1], windows[0, [0, -1]]).any()
+    made = token_batches([numbered(10)], encoder, 16, 102, 0)
+    assert (len(made.tokens), len(made.held_out)) == (4, 1)
+    assert "1700 tokens" in (made.note or ""), "of the text: special ones are none of it"
+    with pytest.raises(LoftqError, match="a window of 64 takes 62 and special ones"):
+        token_batches([numbered(1)], encoder, 1, 64, 0)
+    with pytest.raises(LoftqError, match="no window"):
+        token_batches(["text"], encoder, 1, 2, 0)
+    said = [{"role": "user", "content": "Why?"}]
+    ended = byte_tokenizer(cls_token="[CLS]", sep_token="[SEP]", chat_template=CHAT.replace("eos", "sep"))
+    made = token_batches([said, "plain"], ended, 1, 12 + 1 + 5 + 2, 0)
+    assert decoded(ended, made.tokens) == ["[CLS][user] Why?\n[SEP]plain[SEP]"], "a SEP beside the template's own"
+
+
+@pytest.mark.parametrize(
+    ("special", "window"),
+    [
+        (
+            {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"},
+            "<s>ab</s>cd</s>",
+        ),  # RoBERTa
+        ({**SPECIAL, "cls_token": "[CLS]", "sep_token": "[SEP]"}, "<s>ab</s>cd"),
+        ({"eos_token": "</s>", "sep_token": "</s>"}, "ab</s>cd"),
+        ({"cls_token": "[CLS]", "eos_token": "</s>"}, "[CLS]ab</s>cd"),
+        ({"bos_token": "<s>"}, "<s>abcd"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bos_and_eos_go_before_cls_and_sep(special: dict[str, str], window: str) -> None:
+    tokenizer = byte_tokenizer(**special)
+    seqlen = len(re.sub(r"<[^>]*>|\[[A-Z]*\]", "_", window))
+    assert decoded(tokenizer, token_batches(["ab", "cd"], tokenizer, 1, seqlen, 0).tokens) == [window]
+
+
 def test_pieces_of_a_text_end_with_paragraphs_lines_or_words() -> None:
     for text, end in (
         ("ab cd ef.\n\n" * 99, "\n\n"),

@@ -182,3 +182,33 @@ def test_training_pays(quantizer: Any) -> None:
         after.append(fit.after / fit.before)
     assert after[1] < 0.65
     assert after[0] < 0.96
+
+
+def test_a_layer_makes_up_for_what_others_lost() -> None:
+    """Its loss is that of outputs on inputs that have drifted, in float64 of the inputs themselves, but for a constant.
+
+    So training comes nearer to the source's outputs than on what enters alone.
+    """
+    W, generator = weight(), torch.Generator().manual_seed(1)
+    ours = torch.randn(400, 16, generator=generator) @ torch.randn(16, 128, generator=generator)
+    ours += 0.3 * torch.randn(ours.shape, generator=generator)
+    source = ours + 0.05 * ours @ torch.randn(128, 128, generator=generator)  # x, where x̂ enters
+    gram, drift = ours.T @ ours / 400, (source - ours).T @ ours / 400
+    start = qera(W[None], Uniform(2, 64), 4, inputs=Inputs(gram), iters=1, seeds=[0])
+
+    def error(weight: Tensor) -> float:
+        """‖X Wᵀ − X̂ Ŵᵀ‖² / ‖X̂ Wᵀ‖²."""
+        x, entered, wanted = (tensor.double() for tensor in (source, ours, W))
+        return float((x @ wanted.T - entered @ weight.double().T).square().sum() / (entered @ wanted.T).square().sum())
+
+    def train(inputs: Inputs) -> tuple[Any, float, float]:
+        trained = TrainedWeight(W, start, 1.0, clip=False, codes=False)
+        before = error(trained().detach())
+        return fit_layer(W, trained, inputs, inputs, 10, Training(5, 1e-3, 1e-3)), before, error(trained().detach())
+
+    fit, before, after = train(Inputs(gram, drift))
+    moved = (source - ours).double() @ W.double().T
+    constant = float(moved.square().sum() / (ours.double() @ W.double().T).square().sum())
+    assert (fit.before, fit.after) == pytest.approx((before - constant, after - constant), rel=1e-3)
+    assert after < 0.9 * before
+    assert after < 0.9 * train(Inputs(gram))[2]

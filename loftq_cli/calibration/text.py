@@ -52,6 +52,7 @@ def token_batches(
     """Cut `texts` into windows of `seqlen` tokens; `samples` are to calibrate on, `max(1, samples // 16)` held out.
 
     Texts follow each other with the EOS id between them; a window begins with the BOS id, where the tokenizer has one.
+    An encoder's has CLS and SEP in their place, and then a window ends with SEP, too: so it always reads its texts.
 
     No more is tokenized than is needed: the texts are divided, without a look at their tokens, into stretches of about
     16 · seqlen characters, each a part of a long text that ends at a paragraph's end (else at a line's, else at a
@@ -62,8 +63,8 @@ def token_batches(
     Raises:
         LoftqError: the texts are shorter than a window, or hold conversations that the tokenizer cannot render.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = seqlen - len(bos)
+    begin, between, end = _special(tokenizer)
+    body = seqlen - len(begin) - len(end)
     if samples < 1 or body < 1:
         raise ConfigError(f"no window can be made of {samples} samples of {seqlen} tokens", "give larger numbers")
     wanted = samples_wanted(samples)
@@ -76,17 +77,19 @@ def token_batches(
     while len(windows) < wanted and len(tokens) < len(order):
         more = max(1, len(tokens) // 8 if tokens else wanted // 4)  # in proportion: cutting anew every time costs too
         chosen = order[len(tokens) : len(tokens) + more]
-        tokens |= zip(chosen, _tokenize(texts, [stretches[i] for i in chosen], tokenizer), strict=True)
+        tokens |= zip(chosen, _tokenize(texts, [stretches[i] for i in chosen], tokenizer, between), strict=True)
         windows = _windows(tokens, body)
     total = sum(map(len, tokens.values()))
     if not len(windows):
+        special = " and special ones" if begin or end else ""
         raise LoftqError(
-            f"the calibration text has {total} tokens; a window of {seqlen} takes {body}{' and its BOS' * len(bos)}",
+            f"the calibration text has {total} tokens; a window of {seqlen} takes {body}{special}",
             "give more text, or a smaller `--seqlen`",
         )
     found = len(windows)
     windows = windows[torch.randperm(len(windows), generator=generator)[:wanted]]
-    windows = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
+    first, last = (torch.tensor(ids, dtype=torch.int64).expand(len(windows), -1) for ids in (begin, end))
+    windows = torch.cat([first, windows, last], dim=1)
     used = min(samples, max(1, len(windows) - 1))
     note = None
     if found < wanted:
@@ -96,6 +99,15 @@ def token_batches(
             f"{wanted * body} tokens, {wanted} windows"
         )
     return Calibration(windows[:used], windows[used:], note)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """The ids, one or none each, that a window begins with, that stand between texts, and that a window ends with."""
+    found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep"))
+    bos, eos, cls, sep = ([] if token is None else [token] for token in found)
+    # RoBERTa's and DeBERTa's call their CLS and SEP BOS and EOS as well
+    encodes = not eos or bool(cls and (cls, sep) == (bos, eos))
+    return bos or cls, eos or sep, sep if encodes else []
 
 
 def _stretches(texts: list[Entry], characters: int) -> list[list[_Piece]]:
@@ -127,24 +139,26 @@ def _paragraph_end(text: str, begin: int, limit: int) -> int:
     return limit
 
 
-def _tokenize(texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The tokens of each stretch, int64 [n], with an EOS after every text but the last, and those that end with one."""
+def _tokenize(
+    texts: list[Entry], stretches: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase, between: list[int]
+) -> list[Tensor]:
+    """The tokens of each stretch, int64 [n], with `between` after every text but the last, and those that end so."""
     pieces = [piece for stretch in stretches for piece in stretch]
     strings = [
         text[piece.begin : piece.end] if isinstance(text := texts[piece.entry], str) else render(text, tokenizer)
         for piece in pieces
     ]
     # not verbose: a stretch may be longer than the model's context, of which the tokenizer would warn
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     made = iter(zip(strings, tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    mark = str(tokenizer.eos_token or tokenizer.sep_token) if between else None
     tokens = []
     for stretch in stretches:
         joined: list[int] = []
         for piece in stretch:
             string, more = next(made)
             ends = piece.end == length(texts[piece.entry]) and piece.entry < len(texts) - 1
-            ends &= not (eos and string.rstrip().endswith(str(tokenizer.eos_token)))  # a newline follows ChatML's
-            joined += more + (eos if ends else [])
+            ends &= not (mark and string.rstrip().endswith(mark))  # a newline follows ChatML's
+            joined += more + (between if ends else [])
         tokens.append(torch.tensor(joined, dtype=torch.int64))
     return tokens
 

@@ -17,7 +17,7 @@ def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs
 
     That loss is a quadratic of Ŵ which the inputs enter by their second moments alone. So every step sees all samples
     at once, without their noise, and no activation is kept or run again: `steps` of an epoch are as many as batches
-    would be.
+    would be. The loss lacks a constant (see `_quadratic`): compare before with after, and neither with other methods'.
 
     Args:
         W: float32 [m, n].
@@ -32,7 +32,11 @@ def fit_layer(W: Tensor, weight: TrainedWeight, inputs: Inputs, held_out: Inputs
 
 
 def _quadratic(W: Tensor, inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """The function Ŵ → E‖W x − Ŵ x̂‖² but for a constant, over E‖W x̂‖²."""
+    """The function Ŵ → (E‖W x − Ŵ x̂‖² − E‖W (x − x̂)‖²) / E‖W x̂‖².
+
+    What is taken off no Ŵ changes, and it would take one more moment, of x − x̂ with itself. Without it the loss is
+    below zero where Ŵ makes up for some of the drift; where there is none it is the relative squared error itself.
+    """
     H, K = inputs.gram, inputs.drift
     pull = W @ K if K is not None else None  # E[(W x − W x̂) x̂ᵀ]
     size = ((W @ H) * W).sum().clamp_min(torch.finfo(torch.float32).tiny)  # there are weights of zeros

@@ -32,7 +32,8 @@ class Training:
 class Fit:
     """How it went: the loss on held-out samples before and after, steps, and those skipped for gradients not finite.
 
-    None is a loss that was not finite. `repeatable`: done again on the same GPU, it gives the same bytes.
+    A loss is as its method defines it (that of `fit_layer` may be negative); None is one that was not finite.
+    `repeatable`: done again on the same GPU, it gives the same bytes.
     """
 
     before: float | None
