@@ -60,6 +60,10 @@ FAMILIES: dict[str, Any] = {
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64)),
         ["transformer.h"],
     ),
+    "bloom": (  # returns attention weights, which no block takes
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=64, n_layer=3, n_head=4, vocab_size=300)),
+        ["transformer.h"],
+    ),
     "deberta": (  # a convolution between its blocks
         lambda: tf.DebertaV2ForMaskedLM(
             tf.DebertaV2Config(

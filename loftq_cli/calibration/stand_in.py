@@ -58,6 +58,14 @@ class Stack:
             modules[i] = stand_in
 
 
+def not_called(stack: Stack) -> LoftqError:
+    """What is said of blocks that text does not reach."""
+    return LoftqError(
+        f"the model does not call its blocks `{stack.path}` for text",
+        f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
+    )
+
+
 class StandIn(nn.Module):
     """In a block's place: gives back the hidden states that it is called with, or `replay`, or what `compute` makes."""
 
@@ -92,3 +100,17 @@ def hidden_of(arguments: Arguments) -> Tensor:
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def inputs_for(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """What a model is called with for tokens [samples, seqlen]."""
+    both = getattr(model.config, "is_encoder_decoder", False)
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if both else {})}
+
+
+def without_cache(model: nn.Module) -> None:
+    """Let a model keep no keys and values of earlier tokens."""
+    for module in model.modules():  # a T5's decoder has a configuration of its own
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
