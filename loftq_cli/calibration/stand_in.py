@@ -54,8 +54,14 @@ class Stack:
             raise LoftqError(f"`{path}` is no list of blocks", WAY_OUT)
         self.blocks = list(modules)
         self.stand_ins = [StandIn(block) for block in self.blocks]
+        self._modules = modules
         for i, stand_in in enumerate(self.stand_ins):
             modules[i] = stand_in
+
+    def put_back(self) -> None:
+        """Give the model its blocks again."""
+        for i, block in enumerate(self.blocks):
+            self._modules[i] = block
 
 
 def not_called(stack: Stack) -> LoftqError:
