@@ -163,13 +163,10 @@ def quantize(
         for note in plan.notes:
             (output.warning if note == plan.targets.note else output.note)(note)
         if dry_run:
-            text = prepare(plan, 1) if plan.is_calibrated else None
-            if text is not None:
+            if (text := prepare(plan, 1) if plan.is_calibrated else None) is not None:
                 output.note(told(plan, text))
             identity = pipeline.identity(plan, text)
-            show.plan(output, plan, out, key=identity.key)
-            if refused := refusal(plan, out, identity, resume, overwrite):
-                output.warning(f"without `--dry-run` this would be refused: {refused}")
+            show.plan(output, plan, out, identity.key, refusal(plan, out, identity, resume, overwrite))
             return
         existed = (out / "loftq_report.json").exists()
         try:

@@ -49,8 +49,8 @@ SHOWN = 20  # violations
 SHOWN_BLOCKS = 6  # evenly from the first to the last
 
 
-def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> None:
-    """What would be done; `key` is that of the result, for caches."""
+def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None, refusal: str | None = None) -> None:
+    """What would be done; `key` is that of the result, for caches; `refusal` what stands in its way."""
     summary = plan_summary(plan)
     output.data({**summary, "key": key} if key else summary)
     totals, config = summary["totals"], plan.config
@@ -73,6 +73,8 @@ def plan(output: Out, plan: Plan, out: Path | None, key: str | None = None) -> N
         + (f" and {size(device)} of device memory" if device else "")
         + (f", beside {size(activations)} of activations (`--activation-budget`)" if activations else "")
     )
+    if refusal is not None:
+        output.warning(f"without `--dry-run` this would be refused: {refusal}")
 
 
 def bar(plan: Plan, processes: int) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.calibration.handed import refuse_shared
 from loftq_cli.calibration.sources import read_texts
 from loftq_cli.calibration.stand_in import WAY_OUT
 from loftq_cli.calibration.stream import BlockStream, ties_of
@@ -66,6 +67,7 @@ def prepare(plan: Plan, ranks: int) -> Calibration:
             f"the tokenizer of `{checkpoint.model}` says {highest}, and the model knows {words} tokens",
             "put the tokenizer that it was trained with beside the weights",
         )
+    refuse_shared(model, plan.block_paths, calibration.tokens)
     if len(plan.block_paths) > 1 and any(job.expert for job in plan.jobs):
         _refuse_uncalled(model, names, plan, calibration)
     return calibration

@@ -24,6 +24,7 @@ from loftq_cli import blocks, fitting, outputs, pipeline
 from loftq_cli.calibration import activations
 from loftq_cli.calibration.activations import Activations
 from loftq_cli.calibration.observe import by_input, compare, moments
+from loftq_cli.calibration.stand_in import calling
 from loftq_cli.calibration.stream import BlockStream
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.cli import app
@@ -65,6 +66,10 @@ FAMILIES: dict[str, Any] = {
     ),
     "gpt2": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64)),
+        ["transformer.h"],
+    ),
+    "bloom": (  # returns attention weights, which no block takes
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=64, n_layer=3, n_head=4, vocab_size=300)),
         ["transformer.h"],
     ),
     "deberta": (  # a convolution between its blocks
@@ -238,7 +243,8 @@ def test_training_repeats_wherever_it_can(repeats: bool) -> None:
         warns, on = torch.is_deterministic_algorithms_warn_only_enabled(), torch.are_deterministic_algorithms_enabled()
         modes.append("judged" if not on else "warned" if warns else "strict")
         if not repeats and on:  # for this, torch has no way to do it
-            torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+            with calling("a block"):
+                torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
         return (factor * batch).square().sum()
 
     how = Training(epochs=2, factor_lr=0.1)

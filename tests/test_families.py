@@ -30,6 +30,12 @@ SIZES = {
     "vocab_size": 300,
 }
 DECODER = {**SIZES, "num_key_value_heads": 2}
+WORDS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+GEMMA4 = {
+    **DECODER, "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
 WHISPER = {
@@ -99,6 +105,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "qwen2, biases": (causal("Qwen2", **DECODER), IDS),
     "qwen3": (causal("Qwen3", **DECODER, head_dim=16), IDS),
     "gemma3": (lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**DECODER, head_dim=16)), IDS),
+    "gemma4": (lambda: tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**GEMMA4)), IDS),
+    "gemma4, keys shared": (
+        lambda: tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**{**GEMMA4, "num_kv_shared_layers": 2})), IDS,
+    ),
     "phi3, fused": (causal("Phi3", **DECODER, pad_token_id=0), IDS),
     "gpt2, transposed": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300)), IDS,
@@ -106,6 +116,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "gpt-neox": (causal("GPTNeoX", **SIZES), IDS),
     "falcon": (causal("Falcon", **SIZES), IDS),
     "bloom": (causal("Bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=300), IDS),
+    "gpt-j": (causal("GPTJ", n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **WORDS), IDS),
     "opt": (causal("OPT", **{**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}), IDS),
     "mixtral": (causal("Mixtral", **DECODER, num_local_experts=4), IDS),
     "qwen3 moe": (causal("Qwen3Moe", **MOE, num_experts=4), IDS),
@@ -202,7 +213,7 @@ def test_the_printed_lines_load_what_the_report_says(family: str, options: dict[
 
 VISUAL = {"qwen3 vl moe": "model.visual.*", "qwen2-vl": "model.visual.*", "llava": "model.vision_tower.*"}
 NOT_CALIBRATED = {  # and what is said of it
-    "bloom": "depends on the text",
+    "gemma4, keys shared": "argument `shared_kv_states`",
     "whisper": "input_features",
     "vit": "pixel_values",
     "clip": "no one table of tokens",

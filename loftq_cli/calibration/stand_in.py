@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq_cli.device import is_unrepeatable
 from loftq_cli.errors import LoftqError
 
 WAY_OUT = "use a weight-only method, `--method loftq`"
@@ -37,6 +38,8 @@ def calling(what: str) -> Iterator[None]:
     except (LoftqError, _ReachedError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if is_unrepeatable(error):  # then training tries again without
+            raise
         told = (str(error) or "?").splitlines()[0]
         raise LoftqError(
             f"{what} cannot be run on text by itself: {type(error).__name__}: {told}",
@@ -54,8 +57,22 @@ class Stack:
             raise LoftqError(f"`{path}` is no list of blocks", WAY_OUT)
         self.blocks = list(modules)
         self.stand_ins = [StandIn(block) for block in self.blocks]
+        self._modules = modules
         for i, stand_in in enumerate(self.stand_ins):
             modules[i] = stand_in
+
+    def put_back(self) -> None:
+        """Give the model its blocks again."""
+        for i, block in enumerate(self.blocks):
+            self._modules[i] = block
+
+
+def not_called(stack: Stack) -> LoftqError:
+    """What is said of blocks that text does not reach."""
+    return LoftqError(
+        f"the model does not call its blocks `{stack.path}` for text",
+        f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
+    )
 
 
 class StandIn(nn.Module):
@@ -92,3 +109,22 @@ def hidden_of(arguments: Arguments) -> Tensor:
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def inputs_for(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """What a model is called with for tokens [samples, seqlen]: behind an encoder, a decoder is to say the same."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": tokens}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    said = tokens if start is None else torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], 1)
+    return {"input_ids": tokens, "decoder_input_ids": said}
+
+
+def for_windows(model: Any) -> None:
+    """Let a model keep no keys and values of earlier tokens, and take none for padding."""
+    for module in model.modules():  # a T5's decoder has a configuration of its own
+        if getattr(getattr(module, "config", None), "use_cache", None):
+            module.config.use_cache = False
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:  # then classifiers would refuse more than one sample at a time
+        text.pad_token_id = -1  # which no token is

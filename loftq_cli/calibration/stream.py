@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from loftq_cli.calibration.activations import Activations
+from loftq_cli.calibration.handed import handed_on, takes
 from loftq_cli.calibration.stand_in import (
     WAY_OUT,
     Arguments,
     Stack,
     StandIn,
     calling,
+    for_windows,
     hidden_of,
+    inputs_for,
+    not_called,
     reached,
     until_reached,
 )
@@ -54,25 +59,21 @@ class Run:
     name: str
     stand_in: StandIn
     arguments: Arguments
+    takes: Callable[[tuple[Any, ...], Tensor], bool]  # whether a later block takes one of what a block returns
 
     def __call__(self, block: Callable[..., Any]) -> Tensor:
         """Run `block` and return its hidden states."""
         args, kwargs = self.arguments
         with calling(f"the block `{self.name}`"):
             out = block(*args, **kwargs)
-        if isinstance(out, Tensor):
-            return out
-        self._hand_on(tuple(out[1:]))
+            if isinstance(out, Tensor):
+                return out
+            extras = tuple(out[1:])
+            is_taken = partial(self.takes, extras)
+            self.stand_in.extras = handed_on(self.name, self.stand_in.extras, extras, is_taken)
         hidden = out[0]
         assert isinstance(hidden, Tensor)
         return hidden
-
-    def _hand_on(self, extras: tuple[Any, ...]) -> None:
-        """Keep what a block hands to the others, as T5's first does its position bias: it must be the same for all."""
-        for one, other in zip(self.stand_in.extras or (), extras, strict=False):
-            if isinstance(one, Tensor) and not (isinstance(other, Tensor) and torch.equal(one, other)):
-                raise LoftqError(f"what `{self.name}` hands to other blocks depends on the text", WAY_OUT)
-        self.stand_in.extras = extras
 
 
 def ties_of(model: Any) -> dict[str, str]:
@@ -106,14 +107,7 @@ class BlockStream:
         self.tokens, self.parts, self._folder = tokens, parts, folder
         self._tensor_of = {key: tensor for tensor, key in names.items()}
         self._ties, self._transposed, self._made = ties_of(model), transposed, made
-        for module in model.modules():  # a T5's decoder has a configuration of its own
-            if getattr(getattr(module, "config", None), "use_cache", None):
-                module.config.use_cache = False
-        text = model.config.get_text_config()
-        if (
-            getattr(text, "pad_token_id", None) is None
-        ):  # without one, classifiers refuse more than one sample at a time
-            text.pad_token_id = -1  # which no token is
+        for_windows(model)
         stacks = [Stack(model, path) for path in paths]
         there: dict[str, Tensor] = {}  # by tensor: tied ones are read once
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
@@ -154,11 +148,8 @@ class BlockStream:
     @contextmanager
     def all_loaded(self, without: Container[str]) -> Iterator[list[tuple[str, nn.Module, StandIn]]]:
         """Every block by its name, loaded but for the weights of modules named in `without`, and its stand-in."""
-        there = [
-            (f"{stack.path}.{number}", block, stack.stand_ins[number])
-            for stack in self.stacks
-            for number, block in enumerate(stack.blocks)
-        ]
+        stacks = self.stacks
+        there = [(f"{s.path}.{i}", block, s.stand_ins[i]) for s in stacks for i, block in enumerate(s.blocks)]
         filled = [(block, self._fill(block, name, without)) for name, block, _ in there]
         try:
             yield there
@@ -175,8 +166,7 @@ class BlockStream:
             stack.stand_ins[-1].replay = None if ends is None else ends[stack.path][rows].to(self.device)
             for stand_in in stack.stand_ins:
                 stand_in.idle = ends is not None
-        with calling("the model"):
-            out = self._model(**self._inputs(self.tokens[rows]))
+        out = self._model(**self._inputs(self.tokens[rows]))
         for stack in self.stacks:
             stack.stand_ins[-1].replay = None
         # of question answering two, where an answer begins and where it ends
@@ -211,7 +201,14 @@ class BlockStream:
         """Samples of `stream`, ready to run through block `number`."""
         arguments = self._caught(stack, number, rows, stream.hidden if number > 0 else None, stream.ends)
         tokens = (rows.stop - rows.start) * self.tokens.shape[1]
-        return Run(rows, tokens, f"{stack.path}.{number}", stack.stand_ins[number], arguments)
+        stand_in = stack.stand_ins[number]
+        return Run(rows, tokens, f"{stack.path}.{number}", stand_in, arguments, partial(self._takes, stand_in))
+
+    def _takes(self, stand_in: StandIn, extras: tuple[Any, ...], tensor: Tensor) -> bool:
+        """Whether a block behind `stand_in` takes `tensor`, one of the `extras` that are handed on there."""
+        stand_ins = [stand_in for stack in self.stacks for stand_in in stack.stand_ins]
+        later = stand_ins[stand_ins.index(stand_in) + 1 :]
+        return takes(lambda: self._model(**self._inputs(self.tokens[:1])), stand_in, later, extras, tensor)
 
     def runs(self, stack: Stack, number: int, stream: Entering, parts: Sequence[slice] | None = None) -> Iterator[Run]:
         """Micro-batches of `stream`: all of them, or these."""
@@ -251,16 +248,11 @@ class BlockStream:
             for stand_in in replays:
                 stand_in.replay = None
         if not caught:
-            raise _not_called(stack)
+            raise not_called(stack)
         return caught[0]
 
     def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
-        tokens, config = tokens.to(self.device), self._model.config
-        if not getattr(config, "is_encoder_decoder", False):
-            return {"input_ids": tokens}
-        start = getattr(config, "decoder_start_token_id", None)  # a decoder is asked for what follows
-        said = tokens if start is None else torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], 1)
-        return {"input_ids": tokens, "decoder_input_ids": said}
+        return inputs_for(self._model, tokens.to(self.device))
 
     def _in_order(self, stacks: list[Stack]) -> list[Stack]:
         """The stacks as the model calls them: an encoder before the decoder that attends to it.
@@ -283,7 +275,7 @@ class BlockStream:
         called = list(dict.fromkeys(stand_ins[stand_in] for stand_in in calls))
         left = [stack for stack in stacks if stack not in called]
         if ended and left:
-            raise _not_called(left[0])
+            raise not_called(left[0])
         return called + left
 
     def _find(self, key: str) -> TensorInfo:
@@ -296,13 +288,6 @@ class BlockStream:
         info = self._find(key)
         stored = read_tensor(self._checkpoint.path(info.file), info)
         return stored.T.contiguous() if info.name in self._transposed else stored
-
-
-def _not_called(stack: Stack) -> LoftqError:
-    return LoftqError(
-        f"the model does not call its blocks `{stack.path}` for text",
-        f"leave them as they are with `--skip '{stack.path}.*'`, or {WAY_OUT}",
-    )
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
