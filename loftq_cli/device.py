@@ -71,11 +71,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def is_unrepeatable(error: Exception) -> bool:
-    """Whether torch was asked for the same bytes each time, of an operation that cannot give them."""
-    return isinstance(error, RuntimeError) and "determinis" in str(error)
-
-
 def _get_ready(device: torch.device, rehearse: Callable[[], None]) -> None:
     with suppress(Exception):  # where something is wrong, the run itself will meet it and say so
         torch.cuda.set_device(device)

@@ -102,3 +102,8 @@ def again(*flags: str) -> str:
     several = "TORCHELASTIC_RUN_ID" in os.environ
     command = "torchrun … -m loftq_cli" if several else "loftq"  # it does not tell how it was started
     return f"{command} {shlex.join([*words, *flags])}"
+
+
+def is_unrepeatable(error: Exception) -> bool:
+    """Whether torch was asked for the same bytes each time, of an operation that cannot give them."""
+    return isinstance(error, RuntimeError) and "determinis" in str(error)

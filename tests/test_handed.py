@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +77,7 @@ class Model(nn.Module):
     def __init__(self, beside: type, shared: bool, writers: list[bool]) -> None:
         super().__init__()
         self.words, self.layers = nn.Embedding(100, 8, device="meta"), nn.ModuleList(map(Block, writers))
-        self.beside, self.shared, self.config = beside, shared, SimpleNamespace(use_cache=True)
+        self.beside, self.shared, self.config = beside, shared, tf.LlamaConfig(use_cache=True)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         assert not self.config.use_cache

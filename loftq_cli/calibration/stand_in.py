@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq_cli.device import is_unrepeatable
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, is_unrepeatable
 
 WAY_OUT = "use a weight-only method, `--method loftq`"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
