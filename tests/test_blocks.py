@@ -9,6 +9,8 @@ import math
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -768,6 +770,24 @@ def test_experts_that_no_token_chose(text: Path, tmp_path: Path, more: Any, monk
 TRAINED = {"method": "apiq-bw", "epochs": 2, "finish_epochs": 1}
 
 
+@contextmanager
+def dying_in(method: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a run is interrupted in its next call of that method of `Outputs` after so many; all is journaled."""
+    original, left = getattr(outputs.Outputs, method), [calls]
+
+    def dying(self: Any, *arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "COMMIT_SECONDS", 0)
+        patch.setattr(outputs.Outputs, method, dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 @pytest.mark.parametrize(
     ("more", "dies_in", "stop"),
     [
@@ -782,19 +802,8 @@ def test_resumed_bytes_are_those_of_a_straight_run(
     speaking: Path, text: Path, tmp_path: Path, more: Any, dies_in: str, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.quantize(speaking, tmp_path / "straight", **options(text, **more))
-    original, calls = getattr(outputs.Outputs, dies_in), [0]
-
-    def dying(self: Any, *arguments: Any) -> None:
-        calls[0] += 1
-        if calls[0] > stop:
-            raise KeyboardInterrupt
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "COMMIT_SECONDS", 0)
-        patch.setattr(outputs.Outputs, dies_in, dying)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(speaking, tmp_path / "out", **options(text, **more))
+    with dying_in(dies_in, stop, monkeypatch):
+        pipeline.quantize(speaking, tmp_path / "out", **options(text, **more))
     assert (tmp_path / "out" / ".loftq").exists()
     report = pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, **more))
     straight = json.loads((tmp_path / "straight" / "loftq_report.json").read_text())
@@ -813,19 +822,9 @@ def test_a_block_is_of_one_session(
     speaking: Path, text: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the next fits it to other bytes (other hardware, say), its weights are still of one fit, as reported."""
-    original, calls, given = outputs.Outputs._store, [0], list[str]()
-
-    def dying(self: Any, *arguments: Any) -> None:
-        calls[0] += 1
-        if calls[0] > stop:
-            raise KeyboardInterrupt
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "COMMIT_SECONDS", 0)
-        patch.setattr(outputs.Outputs, "_store", dying)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+    given: list[str] = []
+    with dying_in("_store", stop, monkeypatch):
+        pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
 
     def other(plan: Any, batch: Any, W: Tensor, made: Any, *arguments: Any) -> Any:
         given.append(batch.first.module)
