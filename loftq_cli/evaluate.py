@@ -86,8 +86,6 @@ def evaluate(
     """
     report = read_report(out)
     _refuse_unloadable(out, report)
-    from peft import PeftModel
-
     place = resolve_device(build_config({"device": device}).device)
     texts = read_file(text)
     adapters = {"base + adapter": out / "loftq_init"}
@@ -104,6 +102,8 @@ def evaluate(
     arguments = {"device_map": {"": place}, "trust_remote_code": report["config"]["trust_remote_code"]}
 
     with _quiet(), _sentences(out, report, batch_size), torch.no_grad():
+        from peft import PeftModel
+
         tokenizer = _tokenizer(out, report)
         content = "\n\n".join(entry if isinstance(entry, str) else render(entry, tokenizer) for entry in texts)
         ids = tokenizer(content, add_special_tokens=False).input_ids

@@ -79,7 +79,7 @@ def finish(
     config = plan.config
     batches, held_out = share.batches(*stream.tokens.shape)
     steps = count()
-    numbers = plan.checkpoint.config.get("problem_type") in ("regression", "multi_label_classification")
+    problem = plan.checkpoint.config.get("problem_type")
 
     def loss_of(rows: slice) -> Tensor:
         if torch.is_grad_enabled() and (step := next(steps)) % len(batches) == 0:
@@ -89,7 +89,13 @@ def finish(
         with torch.no_grad():
             wanted = stream.said(rows, ends)
         said = stream.said(rows)
-        apart = [distance(said[name], theirs, name == "first" or numbers) for name, theirs in wanted.items()]
+        text = stream.tokens[rows].shape
+        apart = [
+            relative_error(said[name], theirs)
+            if are_numbers(name, theirs, text, problem)
+            else divergence(said[name], theirs)
+            for name, theirs in wanted.items()
+        ]
         return torch.stack(apart).sum()
 
     with live_blocks(stream, weights), torch.enable_grad():
@@ -111,9 +117,20 @@ def keep(out: Path, made: Factors, fit: Fit) -> None:
     write_file(out / FINISH_FILE, save(tensors, metadata))
 
 
-def distance(ours: Tensor, theirs: Tensor, numbers: bool) -> Tensor:
-    """The divergence of logits of alternatives; of `numbers`, such as a regression's one, the relative error."""
-    return relative_error(ours, theirs) if numbers or theirs.shape[-1] == 1 else divergence(ours, theirs)
+def are_numbers(name: str, said: Tensor, text: torch.Size, problem: str | None) -> bool:
+    """Whether what a model says under this name is no distribution: a regression's number, a yes or no for each token.
+
+    Args:
+        name: of the output.
+        said: e.g. [samples, tokens, words], [samples, labels] or [samples].
+        text: the shape of the tokens, [samples, tokens].
+        problem: `problem_type` of the model's configuration.
+    """
+    if name in ("start_logits", "end_logits"):  # of question answering: which token
+        return False
+    if said.ndim > 1 and problem is not None:
+        return problem != "single_label_classification" or said.shape[-1] == 1
+    return not name.endswith("logits") or said.ndim < 2 or said.shape[-1] == 1 or said.shape == text
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

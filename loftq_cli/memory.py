@@ -16,7 +16,7 @@ RUNTIME_BYTES, GPU_RUNTIME_BYTES = 380 << 20, 3 << 30  # Python with torch and t
 RUNNING_BYTES = 400 << 20  # ... with the code of a model and its tokenizer, more
 WORKING_COPIES = 12  # float32, of the largest batch, alive at once on a CPU
 GPU_BYTES_PER_WEIGHT = 21  # computed at once
-GPU_MOMENT_BYTES = 72  # for each element of the square of a layer's inputs
+MOMENT_BYTES = 72  # for each element of the square of a layer's inputs
 TRAINED_BYTES = 56  # for each weight of a block that trains
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
 
@@ -29,17 +29,15 @@ def host_bytes(plan: Plan) -> int:
     if not plan.is_calibrated:
         return loop
     outside = sum(math.prod(info.shape) for info in plan.checkpoint.tensors.values()) - plan.parameters
-    return loop + RUNNING_BYTES + 4 * outside + TRAINED_BYTES * _largest_block(plan)
+    return loop + RUNNING_BYTES + 4 * outside + _fitting_bytes(plan, 8)
 
 
 def device_bytes(plan: Plan) -> int:
     """Peak of a GPU's memory: what is computed at once, and what waits before and after; 0 on a CPU."""
     if not plan.on_gpu:
         return 0
-    if plan.is_calibrated:  # moments of the widest inputs, or what trains; beside the block twice
-        widest = max((job.shape[1] for job in plan.jobs if job.block), default=0) * plan.needs_moments
-        trained = TRAINED_BYTES * _largest_block(plan) * (plan.config.method == "apiq-bw")
-        return max(GPU_MOMENT_BYTES * widest**2, trained) + 4 * _largest_block(plan)
+    if plan.is_calibrated:
+        return _fitting_bytes(plan, 4)
     batches = _batches(plan)
     return GPU_BYTES_PER_WEIGHT * max(batches[-1], min(GPU_ELEMENTS, sum(batches[-2:])))
 
@@ -63,12 +61,16 @@ def activation_bytes(plan: Plan, tokens: int | None = None) -> int:
     return int(streams * tokens * width * running_dtype(plan).itemsize)
 
 
-def _largest_block(plan: Plan) -> int:
-    """Weights in the block that has most of them."""
-    blocks = Counter[str]()
+def _fitting_bytes(plan: Plan, twice: int) -> int:
+    """Moments of the widest inputs, or what trains; beside the block twice, `twice` bytes a weight."""
+    weights, trained = Counter[str](), Counter[str]()
     for job in plan.jobs:
-        blocks[block[0] if (block := BLOCK.match(job.module)) else ""] += math.prod(job.shape)
-    return max(blocks.values())
+        block = found[0] if (found := BLOCK.match(job.module)) else ""
+        weights[block] += math.prod(job.shape)
+        trained[block] += math.prod(job.shape) * (job.block is not None)  # experts are not
+    widest = max((job.shape[1] for job in plan.jobs if job.block), default=0) * plan.needs_moments
+    trains = TRAINED_BYTES * max(trained.values()) * (plan.config.method == "apiq-bw")
+    return max(MOMENT_BYTES * widest**2, trains) + twice * max(weights.values())
 
 
 def _batches(plan: Plan) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,20 +63,23 @@ def forget_lost(plan: Plan, out: Path, journal: Journal) -> None:
         if not is_whole(plan, shard, out, journal):
             journal.file(shard.file).sha256 = None
             forget(shard.file, shard.layout, shard.metadata)
-    if plan.is_calibrated:
-        _forget_halves(plan, journal)
+    while reopened := _forget_halves(plan, journal) if plan.is_calibrated else None:
+        for shard in plan.shards:
+            if shard.file in reopened:
+                forget(shard.file, shard.layout, shard.metadata)
 
 
-def _forget_halves(plan: Plan, journal: Journal) -> None:
-    """Forget weights of transformer blocks that are not whole.
+def _forget_halves(plan: Plan, journal: Journal) -> set[str]:
+    """Forget weights of transformer blocks that are not whole, and of those behind them; files that are whole no more.
 
     A block is fitted as one: other hardware, or another number of processes, may fit it to other bytes, and halves of
     two fits are neither what the report says nor what later blocks were fitted to.
     """
-    blocks: dict[str, list[WeightJob]] = {}
+    stacks: dict[str, dict[int, list[WeightJob]]] = {}
     for job in plan.jobs:
         if job.block:
-            blocks.setdefault(job.block, []).append(job)
+            path, _, number = job.block.rpartition(".")
+            stacks.setdefault(path, {}).setdefault(int(number), []).append(job)
 
     def parts(job: WeightJob) -> list[tuple[str, list[str]]]:
         factors = list(job.factor_names) if job.rank else []
@@ -85,11 +89,16 @@ def _forget_halves(plan: Plan, journal: Journal) -> None:
         written = all(journal.file(file).written.issuperset(names) for file, names in parts(job))
         return written and job.tensor in journal.rows
 
-    for jobs in blocks.values():
-        if not all(map(is_done, jobs)):
-            for file, names in (part for job in jobs for part in parts(job)):
-                journal.file(file).written.difference_update(names)
+    reopened = set()
+    for blocks in stacks.values():
+        first = min((number for number, jobs in blocks.items() if not all(map(is_done, jobs))), default=math.inf)
+        behind = [job for number, jobs in blocks.items() if number >= first for job in jobs]
+        for file, names in (part for job in behind for part in parts(job)):
+            journal.file(file).written.difference_update(names)
+            if journal.file(file).sha256 is not None:
                 journal.file(file).sha256 = None
+                reopened.add(file)
+    return reopened
 
 
 def growing(out: Path, file: str) -> Path:

@@ -817,14 +817,21 @@ def test_resumed_bytes_are_those_of_a_straight_run(
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
 
+@pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("stop", [1, 7, 9, 13, 16, 20])
 def test_a_block_is_of_one_session(
-    speaking: Path, text: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    speaking: Path, text: Path, tmp_path: Path, stop: int, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the next fits it to other bytes (other hardware, say), its weights are still of one fit, as reported."""
+    """Where the next fits it to other bytes (other hardware, say), its weights are still of one fit, as reported.
+
+    And so are blocks behind one of which a file was lost.
+    """
     given: list[str] = []
     with dying_in("_store", stop, monkeypatch):
         pipeline.quantize(speaking, tmp_path / "out", **options(text, method="cloq"))
+    if lost:
+        for folder in (tmp_path / "out", tmp_path / "out/.loftq"):
+            (folder / "model-00002-of-00010.safetensors").unlink(missing_ok=True)
 
     def other(plan: Any, batch: Any, W: Tensor, made: Any, *arguments: Any) -> Any:
         given.append(batch.first.module)
@@ -834,7 +841,7 @@ def test_a_block_is_of_one_session(
     monkeypatch.setattr(blocks, "store", other)
     pipeline.quantize(speaking, tmp_path / "out", resume=True, **options(text, method="cloq"))
     again = [sum(f"layers.{number}." in module for module in given) for number in range(3)]
-    assert again == [7 * (stop < 7 * (number + 1)) for number in range(3)]
+    assert again == [7 * (lost or stop < 7 * (number + 1)) for number in range(3)]
     assert verify(tmp_path / "out", str(speaking)).violations == ()
 
 

@@ -19,7 +19,7 @@ from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 from loftq_cli.verify import verify
 from loftq_cli.windows import prepare
-from tests.test_blocks import options, speaking, text  # noqa: F401
+from tests.test_blocks import BART, options, speaking, text  # noqa: F401
 from tests.test_eval import save_tokenizer
 
 
@@ -162,6 +162,36 @@ def test_a_finish_brings_every_output_closer(head: str, text: Path, tmp_path: Pa
     assert 0 < report["calibration"]["finish"]["after"] < report["calibration"]["finish"]["before"]
     for before, after in zip(*apart, strict=True):
         assert after < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "problem", "numbers"),
+    [
+        ("logits", (2, 5, 30), None, False),  # words, or kinds of tokens
+        ("logits", (2, 3), None, False),
+        ("logits", (2, 5), "single_label_classification", False),
+        ("logits", (2, 3), "multi_label_classification", True),
+        ("logits", (2, 1), None, True),
+        ("logits", (2, 5), None, True),  # Electra's: whether each token was replaced
+        ("start_logits", (2, 5), None, False),
+        ("relevance_logits", (2,), None, True),  # of DPR's reader
+        ("mc_logits", (2,), "single_label_classification", True),
+        ("first", (2, 5, 30), None, True),  # hidden states
+    ],
+)
+def test_what_is_a_distribution(name: str, shape: tuple[int, ...], problem: str | None, numbers: bool) -> None:
+    assert finishing.are_numbers(name, torch.zeros(shape), torch.Size((2, 5)), problem) == numbers
+
+
+def test_a_head_that_refuses_the_text_is_told(speaking: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """BART's classifiers want as many EOS in every sample."""
+    torch.manual_seed(0)
+    config = tf.BartConfig(**BART, num_labels=3, eos_token_id=7)
+    tf.BartForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(LoftqError, match="the model as a whole cannot be run on text by itself: ValueError") as refused:
+        pipeline.quantize(tmp_path / "model", tmp_path / "out", **options(text, method="qera", finish_epochs=1))
+    assert "--finish-epochs" in refused.value.hint
 
 
 def test_a_finish_of_a_large_model_holds_no_block_s_matrices(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loftq_cli.calibration import sources
@@ -166,22 +166,30 @@ def test_encoders_see_cls_and_sep() -> None:
     assert decoded(ended, made.tokens) == ["[CLS][user] Why?\n[SEP]plain[SEP]"], "a SEP beside the template's own"
 
 
+BOTH = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+SAME = {"cls_token": "<s>", "sep_token": "</s>"}
+
+
 @pytest.mark.parametrize(
-    ("special", "window"),
+    ("special", "adds", "window"),
     [
-        (
-            {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"},
-            "<s>ab</s>cd</s>",
-        ),  # RoBERTa
-        ({**SPECIAL, "cls_token": "[CLS]", "sep_token": "[SEP]"}, "<s>ab</s>cd"),
-        ({"eos_token": "</s>", "sep_token": "</s>"}, "ab</s>cd"),
-        ({"cls_token": "[CLS]", "eos_token": "</s>"}, "[CLS]ab</s>cd"),
-        ({"bos_token": "<s>"}, "<s>abcd"),
+        ({**SPECIAL, **SAME}, ("<s>", "</s>"), "<s>ab</s>cd</s>"),  # RoBERTa
+        ({**SPECIAL, **SAME}, ("</s>", ""), "<s>ab</s>cd"),  # XGLM, a decoder
+        ({**SPECIAL, **BOTH}, ("[CLS]", "[SEP]"), "[CLS]ab[SEP]cd[SEP]"),  # BigBird
+        ({**SPECIAL, **BOTH}, ("", ""), "<s>ab</s>cd"),
+        ({"eos_token": "</s>"}, ("", "</s>"), "ab</s>cd</s>"),  # T5
+        ({"eos_token": "</s>", "sep_token": "</s>"}, ("", ""), "ab</s>cd"),
+        ({"cls_token": "[CLS]", "eos_token": "</s>"}, ("[CLS]", "</s>"), "[CLS]ab</s>cd</s>"),  # ESM
+        ({"bos_token": "<s>"}, ("<s>", ""), "<s>abcd"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_bos_and_eos_go_before_cls_and_sep(special: dict[str, str], window: str) -> None:
+def test_windows_have_what_the_tokenizer_adds(special: dict[str, str], adds: tuple[str, str], window: str) -> None:
     tokenizer = byte_tokenizer(**special)
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {*adds} - {""}]
+    template = processors.TemplateProcessing(
+        single=" ".join(filter(None, (adds[0], "$A", adds[1]))), special_tokens=tokens
+    )
+    tokenizer.backend_tokenizer.post_processor = template
     seqlen = len(re.sub(r"<[^>]*>|\[[A-Z]*\]", "_", window))
     assert decoded(tokenizer, token_batches(["ab", "cd"], tokenizer, 1, seqlen, 0).tokens) == [window]
 
@@ -242,8 +250,9 @@ def test_prompts_and_completions_are_read_as_trl_trains_on_them(tmp_path: Path) 
     asked, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     rows = [{"prompt": "The sky is", "completion": " blue."}, {"prompt": [asked], "completion": [said]}]
     file = tmp_path / "pairs.jsonl"
+    rows.append({"prompt": "a", "completion": "b", "messages": [asked]})
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert read_texts(str(file)) == ["The sky is blue.", [asked, said]]
+    assert read_texts(str(file)) == ["The sky is blue.", [asked, said], [asked]]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loftq_cli import pipeline, plan, quantize
+from loftq_cli import memory, pipeline, plan, quantize
 from loftq_cli.errors import LoftqError
 from loftq_cli.merge import merge
 from loftq_cli.methods import METHODS, seed_for
@@ -455,6 +456,18 @@ def test_a_finish_of_experts_is_refused_before_any_work(folder: Path, tmp_path: 
         quantize(folder / "model", tmp_path / "out", method="cloq", rank=4, group_size=32, finish_epochs=1)
     assert "--finish-epochs" in refused.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_the_estimate_of_memory_has_no_experts_among_what_trains(folder: Path) -> None:
+    asked = {"bits": 2, "rank": 4, "group_size": 32, "device": "cpu", "method": "apiq-bw"}
+    made = pipeline.plan_quantize(str(folder / "model"), pipeline.build_config(asked))
+    rest = sum(math.prod(job.shape) for job in made.jobs if job.block is not None)
+    everything = sum(math.prod(job.shape) for job in made.jobs)
+    assert everything > 2 * rest
+    fitting = memory._fitting_bytes(made, 8)
+    widest = max(job.shape[1] for job in made.jobs if job.block)
+    assert fitting <= max(memory.TRAINED_BYTES * rest, memory.MOMENT_BYTES * widest**2) + 8 * everything
+    assert fitting < memory.TRAINED_BYTES * everything
 
 
 # --- an adapter on experts

@@ -13,6 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 
 from loftq_cli import pipeline
 from loftq_cli.calibration.handed import refuse_shared
+from loftq_cli.calibration.stand_in import for_windows
 from loftq_cli.config import build_config
 from loftq_cli.errors import LoftqError
 from loftq_cli.windows import prepare
@@ -96,3 +97,16 @@ def test_a_list_or_dict_may_be_shared_if_no_block_leaves_something_for_another(b
         assert all(isinstance(layer, Block) for layer in model.layers)
     with pytest.raises(LoftqError, match=r"`layers.1` leaves something for later blocks in its argument `beside`"):
         refuse_shared(Model(beside, True, [False, True, False]), ["layers"], tokens)
+
+
+def test_several_text_configurations_are_no_error() -> None:
+    """As MusicGen has: which of them a padding token would be of, nobody can say."""
+
+    class Several(tf.LlamaConfig):
+        def get_text_config(self, *arguments: Any, **options: Any) -> Any:
+            raise ValueError("Multiple valid text configs were found")
+
+    model = Model(list, False, [False])
+    model.config = Several(use_cache=True)
+    for_windows(model)
+    assert not model.config.use_cache

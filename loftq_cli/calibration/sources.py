@@ -88,7 +88,7 @@ def _entry(row: Any, place: str) -> Entry:
     fields = row if isinstance(row, dict) else {}
     text, messages = fields.get("text"), fields.get("messages")
     match fields:  # of the data sets that TRL trains on
-        case {"prompt": str() as prompt, "completion": str() as completion} if text is None:
+        case {"prompt": str() as prompt, "completion": str() as completion} if text is None and messages is None:
             text = prompt + completion
         case {"prompt": [*prompt], "completion": [*completion]} if messages is None:
             messages = [*prompt, *completion]

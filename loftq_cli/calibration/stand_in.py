@@ -30,7 +30,7 @@ def until_reached() -> suppress:
 
 
 @contextmanager
-def calling(what: str) -> Iterator[None]:
+def calling(what: str, way_out: str = WAY_OUT) -> Iterator[None]:
     """Inside, whatever a model raises becomes a refusal: it is as much as is known of why it cannot be run."""
     try:
         yield
@@ -42,7 +42,7 @@ def calling(what: str) -> Iterator[None]:
         told = (str(error) or "?").splitlines()[0]
         raise LoftqError(
             f"{what} cannot be run on text by itself: {type(error).__name__}: {told}",
-            WAY_OUT,
+            way_out,
         ) from error
 
 
@@ -124,6 +124,7 @@ def for_windows(model: Any) -> None:
     for module in model.modules():  # a T5's decoder has a configuration of its own
         if getattr(getattr(module, "config", None), "use_cache", None):
             module.config.use_cache = False
-    text = model.config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:  # then classifiers would refuse more than one sample at a time
-        text.pad_token_id = -1  # which no token is
+    with suppress(ValueError):  # there are several
+        text = model.config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:  # then classifiers would refuse more than one sample at a time
+            text.pad_token_id = -1  # which no token is

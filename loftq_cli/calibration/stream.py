@@ -148,8 +148,7 @@ class BlockStream:
     @contextmanager
     def all_loaded(self, without: Container[str]) -> Iterator[list[tuple[str, nn.Module, StandIn]]]:
         """Every block by its name, loaded but for the weights of modules named in `without`, and its stand-in."""
-        stacks = self.stacks
-        there = [(f"{s.path}.{i}", block, s.stand_ins[i]) for s in stacks for i, block in enumerate(s.blocks)]
+        there = [(f"{s.path}.{i}", block, s.stand_ins[i]) for s in self.stacks for i, block in enumerate(s.blocks)]
         filled = [(block, self._fill(block, name, without)) for name, block, _ in there]
         try:
             yield there
@@ -166,7 +165,8 @@ class BlockStream:
             stack.stand_ins[-1].replay = None if ends is None else ends[stack.path][rows].to(self.device)
             for stand_in in stack.stand_ins:
                 stand_in.idle = ends is not None
-        out = self._model(**self._inputs(self.tokens[rows]))
+        with calling("the model as a whole", "begin again with `--overwrite`, and without `--finish-epochs`"):
+            out = self._model(**self._inputs(self.tokens[rows]))
         for stack in self.stacks:
             stack.stand_ins[-1].replay = None
         # of question answering two, where an answer begins and where it ends

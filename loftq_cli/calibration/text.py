@@ -105,9 +105,10 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], 
     """The ids, one or none each, that a window begins with, that stand between texts, and that a window ends with."""
     found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep"))
     bos, eos, cls, sep = ([] if token is None else [token] for token in found)
-    # RoBERTa's and DeBERTa's call their CLS and SEP BOS and EOS as well
-    encodes = not eos or bool(cls and (cls, sep) == (bos, eos))
-    return bos or cls, eos or sep, sep if encodes else []
+    (text,) = tokenizer(["a"], verbose=False)["input_ids"]
+    if cls and sep and (text[:1], text[-1:]) == (cls, sep):  # whatever else there is, an encoder reads these
+        return cls, sep, sep
+    return bos or cls, eos or sep, eos if eos and text[-1:] == eos else [] if eos else sep  # T5 reads its EOS, too
 
 
 def _stretches(texts: list[Entry], characters: int) -> list[list[_Piece]]:
