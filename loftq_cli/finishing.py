@@ -128,9 +128,9 @@ def are_numbers(name: str, said: Tensor, text: torch.Size, problem: str | None) 
     """
     if name in ("start_logits", "end_logits"):  # of question answering: which token
         return False
-    if said.ndim > 1 and problem is not None:
-        return problem != "single_label_classification" or said.shape[-1] == 1
-    return not name.endswith("logits") or said.ndim < 2 or said.shape[-1] == 1 or said.shape == text
+    if not name.endswith("logits") or said.ndim < 2 or said.shape[-1] == 1:
+        return True
+    return said.shape == text if problem is None else problem != "single_label_classification"
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ def test_a_finish_brings_every_output_closer(head: str, text: Path, tmp_path: Pa
         ("relevance_logits", (2,), None, True),  # of DPR's reader
         ("mc_logits", (2,), "single_label_classification", True),
         ("first", (2, 5, 30), None, True),  # hidden states
+        ("first", (2, 5, 30), "single_label_classification", True),
     ],
 )
 def test_what_is_a_distribution(name: str, shape: tuple[int, ...], problem: str | None, numbers: bool) -> None:
