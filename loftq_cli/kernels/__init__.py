@@ -16,7 +16,7 @@ WIDEST_WITH_FEEDBACK = 128  # so are columns that mend each other, one by one
 
 
 class Kernels(NamedTuple):
-    """The functions of the modules that they are named after, one module whole, and another function of `feedback`."""
+    """The functions of the modules that they are named after, two modules whole, and another function of `feedback`."""
 
     uniform: Callable[..., Any]
     codebook: Callable[..., Any]
@@ -24,6 +24,7 @@ class Kernels(NamedTuple):
     small: ModuleType | None = None
     feedback: Callable[..., Any] | None = None
     feedback_to_levels: Callable[..., Any] | None = None
+    rounded: ModuleType | None = None
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def fused() -> Kernels | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
-        from loftq_cli.kernels import small
+        from loftq_cli.kernels import rounded, small
         from loftq_cli.kernels.codebook import codebook
         from loftq_cli.kernels.feedback import feedback, feedback_to_levels
         from loftq_cli.kernels.residual import residual
@@ -45,4 +46,4 @@ def fused() -> Kernels | None:
     except Exception as error:
         warnings.warn(f"the fused kernels do not run here, torch is used: {error}", stacklevel=2)
         return None
-    return Kernels(uniform, codebook, residual, small, feedback, feedback_to_levels)
+    return Kernels(uniform, codebook, residual, small, feedback, feedback_to_levels, rounded)

@@ -44,6 +44,11 @@ class Levels:
         return level + torch.maximum(offset, -NEAREST * self._below[codes])
 
     @cached_property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kernels.rounded` takes them."""
+        return self.values.contiguous(), self._middles, torch.stack([*self._ends, self.step])
+
+    @cached_property
     def _middles(self) -> Tensor:
         return (self.values[1:] + self.values[:-1]) / 2
 

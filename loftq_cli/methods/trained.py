@@ -6,11 +6,14 @@ Shapes: m = out_features, n = in_features, g = group_size, G = groups of a row, 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from loftq_cli.kernels import fused
 from loftq_cli.lowrank import LowRankFactors
 from loftq_cli.methods.base import Decomposition
 from loftq_cli.methods.levels import NEAREST, Levels, through
@@ -83,6 +86,8 @@ class TrainedWeight(nn.Module):
 
     def base(self) -> Tensor:
         """Return dequantize(Q), float32 [m, n]."""
+        if self.codes is not None and self.codes.is_cuda and (kernels := fused()) is not None:
+            return self._ungrouped(self._fused(kernels.rounded))
         centred, scale, _ = self._made()
         return self._ungrouped((centred * scale[..., None]).to(self._start.quantized.dtype).float())
 
@@ -112,7 +117,14 @@ class TrainedWeight(nn.Module):
         return pad(x, (0, self._spare)).unflatten(1, (-1, self._start.quantized.group_size))
 
     def _ungrouped(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, : self._start.quantized.shape[1]]
+        return x.flatten(1)[:, : self._start.quantized.shape[1]] if self._spare else x.flatten(1)
+
+    def _fused(self, kernels: Any) -> Tensor:
+        """The grouped values of `base` by `kernels.rounded`, where codes train."""
+        parts = (None, None, None) if self._levels is None else self._levels.parts
+        grid = kernels.Grid(self._zero_point, *parts, self._top, self._start.quantized.dtype)
+        values: Tensor = _Rounded.apply(self.codes, self._scale(), grid, kernels)
+        return values
 
     def _made(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes minus zero point, or levels, [m, G, g]; scale and zero point [m, G]: all as float32."""
@@ -146,6 +158,23 @@ class TrainedWeight(nn.Module):
 
     def _scale(self) -> Tensor:
         return through(self._trained_scales(), _half if self._start.quantized.nested is None else _twice)
+
+
+class _Rounded(torch.autograd.Function):
+    """Codes and scales to values, with straight-through gradients: what `base` computes in torch, to the last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, grid: Any, kernels: Any) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.grid, ctx.kernels = grid, kernels
+        values: Tensor = kernels.rounded(codes, scale, grid)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_codes, of_scale = ctx.kernels.rounded_gradients(gradient.contiguous(), *ctx.saved_tensors, ctx.grid)
+        return of_codes, of_scale.sum(2), None, None
 
 
 def _half(x: Tensor) -> Tensor:
