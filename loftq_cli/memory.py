@@ -17,7 +17,7 @@ RUNNING_BYTES = 400 << 20  # ... with the code of a model and its tokenizer, mor
 WORKING_COPIES = 12  # float32, of the largest batch, alive at once on a CPU
 GPU_BYTES_PER_WEIGHT = 21  # computed at once
 MOMENT_BYTES = 72  # for each element of the square of a layer's inputs
-TRAINED_BYTES = 56  # for each weight of a block that trains
+TRAINED_BYTES, FUSED_BYTES = 56, 44  # for each weight of a block that trains, in torch and where kernels round its codes
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
 
 
@@ -69,7 +69,8 @@ def _fitting_bytes(plan: Plan, twice: int) -> int:
         weights[block] += math.prod(job.shape)
         trained[block] += math.prod(job.shape) * (job.block is not None)  # experts are not
     widest = max((job.shape[1] for job in plan.jobs if job.block), default=0) * plan.needs_moments
-    trains = TRAINED_BYTES * max(trained.values()) * (plan.config.method == "apiq-bw")
+    each = FUSED_BYTES if plan.on_gpu and plan.config.init != "qlora" else TRAINED_BYTES
+    trains = each * max(trained.values()) * (plan.config.method == "apiq-bw")
     return max(MOMENT_BYTES * widest**2, trains) + twice * max(weights.values())
 
 
