@@ -17,7 +17,7 @@ RUNNING_BYTES = 400 << 20  # ... with the code of a model and its tokenizer, mor
 WORKING_COPIES = 12  # float32, of the largest batch, alive at once on a CPU
 GPU_BYTES_PER_WEIGHT = 21  # computed at once
 MOMENT_BYTES = 72  # for each element of the square of a layer's inputs
-TRAINED_BYTES, FUSED_BYTES = 56, 44  # for each weight of a block that trains, in torch and where kernels round its codes
+TRAINED_BYTES, FUSED_BYTES = 56, 44  # for each weight of a block that trains; where kernels round its codes
 LIKELY_WIDTH = 8192  # of hidden states, where the configuration has an unknown name for it
 
 
