@@ -19,6 +19,7 @@ from torch import nn
 from loftq_cli.checkpoint.reader import TensorInfo
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import FLOATS
+from loftq_cli.layers import kept_in_float32
 
 if TYPE_CHECKING:
     from loftq_cli.targets import Targets
@@ -81,8 +82,7 @@ def _examine(model: Any, name: str, table: nn.Embedding, info: TensorInfo) -> To
     if isinstance(head, nn.Linear) and head.out_features == table.embedding_dim != table.num_embeddings:
         why = f"the head ends in its {table.embedding_dim} features: it is multiplied by there, past its adapter"
         return TokenEmbedding(name, why)
-    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    if kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
+    if kept := kept_in_float32(model, name):
         return TokenEmbedding(name, f"transformers keeps `{kept}` in float32")
     dtype = str(info.dtype).removeprefix("torch.")
     return TokenEmbedding(name, None if info.dtype in FLOATS else f"it is stored as {dtype}")

@@ -54,6 +54,15 @@ def kind_of(module: torch.nn.Module) -> str:
     return "router" if "Router" in name else f"not a linear layer ({name})"
 
 
+def kept_in_float32(model: Any, name: str) -> str | None:
+    """By which of its names transformers keeps the module in float32; its loaders quantize none that ends with one."""
+    plain, strict = (getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict"))
+    found = (
+        part for part in (*plain, *strict) if f".{part}." in f".{name}." or (part in plain and name.endswith(part))
+    )
+    return next(found, None)
+
+
 def is_router(name: str, module: torch.nn.Linear, parent: Any, config: dict[str, Any]) -> bool:
     """Whether a linear layer of this name, in a module `parent`, is one that chooses experts."""
     text = config.get("text_config") or config

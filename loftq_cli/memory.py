@@ -43,8 +43,12 @@ def device_bytes(plan: Plan) -> int:
 
 
 def running_dtype(plan: Plan) -> torch.dtype:
-    """What blocks are run in: on a GPU the source's own dtype, as it will be used; a CPU is as fast in float32."""
-    return plan.jobs[0].dtype if plan.on_gpu else torch.float32
+    """What blocks are run in: on a GPU the source's own dtype, as it will be used; a CPU is as fast in float32.
+
+    A model that does not fit float16 as a whole, such as T5, runs in float32 everywhere.
+    """
+    dtype = plan.jobs[0].dtype if plan.on_gpu else torch.float32
+    return torch.float32 if dtype == torch.float16 and plan.targets.keeps_float32 else dtype
 
 
 def activation_bytes(plan: Plan, tokens: int | None = None) -> int:

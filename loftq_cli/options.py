@@ -109,8 +109,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|DATASET",
-        help="Text that a calibrated method sees: a file (.txt; .jsonl with `text`, `messages`, or `prompt` and "
-        "`completion`) or a data set NAME:CONFIG:SPLIT. \\[default: four works in the public domain]",
+        help="Text that a calibrated method sees: a file (.txt; .jsonl with `text`, `messages`, `conversations`, or "
+        "`prompt` and `completion`) or a data set NAME:CONFIG:SPLIT. \\[default: four works in the public domain]",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -23,7 +23,16 @@ from loftq_cli.embeddings import TokenEmbedding, find_embeddings
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import FLOATS, ExpertSlot, ExpertStack, find_experts
 from loftq_cli.heads import Head, choose_head
-from loftq_cli.layers import is_conv1d, is_linear, is_replaceable, is_router, kind_of, retargeted_by_peft, stored_as
+from loftq_cli.layers import (
+    is_conv1d,
+    is_linear,
+    is_replaceable,
+    is_router,
+    kept_in_float32,
+    kind_of,
+    retargeted_by_peft,
+    stored_as,
+)
 from loftq_cli.meta_model import (
     AUTO_CLASSES,
     UnknownModelError,
@@ -58,6 +67,7 @@ class Targets:
         auto_class: what loads the model, e.g. `AutoModelForCausalLM`.
         model_classes: all that may load it or a part of it: Auto class → class; none for foreign code.
         has_fused_experts: some modules hold the weights of several experts in one parameter.
+        keeps_float32: transformers keeps some of the model in float32 where the rest is loaded as float16.
         linear_subclass: the name of a class of linear layers that is not `nn.Linear` itself, or None.
         head: the task type for PEFT, and what it makes of the model's head.
         output_head: tensor and module of a head that is tied to nothing, and a linear layer; it is among the skipped.
@@ -75,6 +85,7 @@ class Targets:
     head: Head
     main_input_name: str
     has_fused_experts: bool = False
+    keeps_float32: bool = False
     linear_subclass: str | None = None
     transposed: frozenset[str] = frozenset()
     experts: dict[str, ExpertSlot] = field(default_factory=dict)
@@ -141,7 +152,6 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
     head = model.get_output_embeddings()
     tied = _tied_names(model)
     retargeted = retargeted_by_peft(checkpoint.config.get("model_type"))
-    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
     inside = {id(module) for module in base.modules()} if isinstance(base, torch.nn.Module) else None
 
@@ -175,7 +185,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
             skipped[info.name] = "tied to another weight"
         elif inside is not None and id(module) not in inside:
             skipped[info.name] = "task head"
-        elif kept := next((pattern for pattern in in_fp32 if pattern in name.split(".")), None):
+        elif kept := kept_in_float32(model, name):
             skipped[info.name] = f"transformers keeps `{kept}` in float32"
         elif is_router(name, module, modules.get(name.rpartition(".")[0]), checkpoint.config):
             skipped[info.name] = "router"
@@ -199,6 +209,7 @@ def _by_model(checkpoint: Checkpoint, model: Any) -> Targets:
         has_fused_experts=any(
             parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()
         ),
+        keeps_float32=bool(getattr(model, "_keep_in_fp32_modules", None)),
         linear_subclass=next(
             (
                 kind

@@ -255,9 +255,22 @@ def test_prompts_and_completions_are_read_as_trl_trains_on_them(tmp_path: Path) 
     assert read_texts(str(file)) == ["The sky is blue.", [asked, said], [asked]]
 
 
+def test_conversations_of_sharegpt_are_messages(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("human", "Why?"), ("gpt", "Because.")]
+    said = [
+        {"role": role, "content": turn[1]} for role, turn in zip(("system", "user", "assistant"), turns, strict=True)
+    ]
+    rows = [[{"from": speaker, "value": value} for speaker, value in turns], said]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"conversations": row}) for row in rows))
+    assert read_texts(str(file)) == [said, said]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}', "message 2 has no strings"),
+        (b'{"conversations": "a"}', "neither"),
         (b'{"prompt": "half"}', "nor both `prompt` and `completion`"),
         (b'{"prompt": "half", "completion": [{"role": "user", "content": "a"}]}', "nor both"),
         (b"{not json}", "not JSON"),

@@ -614,3 +614,20 @@ def test_a_router_is_known_whatever_its_name_and_size(family: str, tmp_path: Pat
     made = plan_quantize(str(tmp_path / "model"), build_config({"bits": 4, "format": "dense", "device": "cpu"}))
     assert made.skipped[f"{router}.weight"] == "router"
     assert not any(job.module == router for job in made.jobs)
+
+
+def test_what_loaders_leave_in_float32_is_left_alone(tmp_path: Path) -> None:
+    """The indexer's `weights_proj`: bitsandbytes's loader never quantizes it, and would find what it does not know."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    sizes = {"first_k_dense_replace": 2, "index_n_heads": 8, "index_head_dim": 32, "index_topk": 8}
+    torch.manual_seed(0)
+    saved(tf.DeepseekV32ForCausalLM(tf.DeepseekV32Config(**{**DEEPSEEK, **sizes})), source)
+    report = quantize(source, out, bits=4, rank=4, quantizer="nf", group_size=64, format="bnb")
+    kept = "model.layers.0.self_attn.indexer.weights_proj.weight"
+    reasons = {row["name"]: row["reason"] for row in report["skipped"]}
+    assert reasons[kept] == "transformers keeps `indexer.weights_proj` in float32"
+    base = tf.AutoModelForCausalLM.from_pretrained(out)
+    assert type(base.get_submodule(kept.removesuffix(".weight"))) is torch.nn.Linear
+    assert type(base.model.layers[0].self_attn.indexer.wk).__name__ == "Linear4bit"
+    tuned = PeftModel.from_pretrained(base, out / "loftq_init").train()  # without what bitsandbytes repacks for a CPU
+    assert tuned(torch.arange(12)[None]).logits.isfinite().all()

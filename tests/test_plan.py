@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from loftq_cli.config import QuantizeConfig, build_config
 from loftq_cli.errors import ConfigError, LoftqError
+from loftq_cli.memory import running_dtype
 from loftq_cli.pipeline import plan_quantize
 from loftq_cli.plan import ADAPTER_FILE, Plan
 from tests.conftest import save_llama
@@ -350,3 +353,19 @@ def test_every_choice_of_the_configuration_is_a_row_of_its_table() -> None:
     assert set(get_args(fields["format"].annotation)) == {"auto", *FORMATS}
     quantizers = next(arg for arg in get_args(fields["quantizer"].annotation) if arg is not type(None))
     assert set(get_args(quantizers)) == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize(("half", "wanted"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_what_does_not_fit_float16_runs_in_float32(tmp_path: Path, half: torch.dtype, wanted: torch.dtype) -> None:
+    """T5's `wo`, which transformers keeps in float32, and all that is added to what it returns."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes)).to(half).save_pretrained(tmp_path)
+    found = plan(tmp_path, bits=2, rank=4)
+    assert found.skipped["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == "transformers keeps `wo` in float32"
+    assert running_dtype(replace(found, config=found.config.model_copy(update={"device": "cuda"}))) == wanted
+
+
+def test_a_llama_of_float16_runs_in_float16_on_a_gpu(tmp_path: Path) -> None:
+    found = plan(save_llama(tmp_path, dtype=torch.float16), bits=2, rank=4)
+    assert running_dtype(replace(found, config=found.config.model_copy(update={"device": "cuda"}))) == torch.float16
+    assert running_dtype(found) == torch.float32

@@ -15,6 +15,7 @@ from loftq_cli.errors import ConfigError, LoftqError
 
 TABLES = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # what `datasets` calls their readers
 _STREAM_CHARACTERS = 20_000_000  # of a data set: 1,000 windows of 4096 tokens, and some seconds of download
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # who speaks
 
 Entry = str | list[dict[str, str]]  # a text, or a conversation as {role, content}
 
@@ -23,8 +24,8 @@ def read_texts(source: str | None) -> list[Entry]:
     """Read the texts of `source`.
 
     Args:
-        source: None for the text in the package; a file, `.jsonl` or `.ndjson` (`text`, `messages`, or `prompt` and
-            `completion` in every line) or else plain UTF-8 text; or a data set, `name`, `name:config` or
+        source: None for the text in the package; a file, `.jsonl` or `.ndjson` (`text`, `messages`, `conversations`, or
+            `prompt` and `completion` in every line) or else plain UTF-8 text; or a data set, `name`, `name:config` or
             `name:config:split` (`train` unless given), of which the first 20 million characters are read.
 
     Raises:
@@ -92,6 +93,8 @@ def _entry(row: Any, place: str) -> Entry:
             text = prompt + completion
         case {"prompt": [*prompt], "completion": [*completion]} if messages is None:
             messages = [*prompt, *completion]
+        case {"conversations": [*turns]} if text is None and messages is None:
+            messages = [_message(turn) for turn in turns]
     entry: Entry
     if isinstance(text, str):
         entry, strings = text, [text]
@@ -103,14 +106,22 @@ def _entry(row: Any, place: str) -> Entry:
         raise LoftqError(f"{place}: message {number} has no strings as `role` and `content`", way)
     else:
         raise LoftqError(
-            f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings, nor both "
-            "`prompt` and `completion`",
+            f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings, nor "
+            "`conversations`, nor both `prompt` and `completion`",
             "it has "
             + (", ".join(f"`{key}` ({type(fields[key]).__name__})" for key in fields) or f"no fields: {row!r:.40}"),
         )
     if any(not string.isascii() and re.search("[\ud800-\udfff]", string) for string in strings):
         raise LoftqError(f"{place} holds half of a surrogate pair, which is no character", "remove it")
     return entry
+
+
+def _message(turn: Any) -> Any:
+    """A turn as ShareGPT has it, as a message; anything else as it is."""
+    match turn:
+        case {"from": str() as speaker, "value": content}:
+            return {"role": SHAREGPT.get(speaker, speaker), "content": content}
+    return turn
 
 
 def _is_message(message: Any) -> bool:
