@@ -146,7 +146,7 @@ def test_quantized_and_residual_are_the_twins(case: tuple[Any, tuple[int, int, i
 )
 def test_residual_is_w_minus_dequantized(quantizer: Any, shape: tuple[int, int], values: torch.dtype) -> None:
     if INTERPRETED and values == BF16:
-        return
+        pytest.skip("the interpreter cuts bfloat16 off where it should round")
     W = example((1, *shape), 0, BF16)[0][0]
     q = type(quantizer)(**{**vars(quantizer), "dtype": values}).quantize(W)
     moved = QuantizedWeight(**{k: there(v) if isinstance(v, Tensor) else v for k, v in vars(q).items()})

@@ -56,7 +56,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def begun(quantizer: Any, m: int = 40, n: int = 256) -> TrainedWeight:
-    """Some codes on the ends of the grid, and beyond: half a gradient there, or none."""
+    """Codes on the ends, where gradients halve or end, beyond them, and half-way from one to the next."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(m, n, generator=generator) * 0.02
     W[3], W[4, :64] = 0, 0  # groups whose scale is zero
@@ -65,10 +65,33 @@ def begun(quantizer: Any, m: int = 40, n: int = 256) -> TrainedWeight:
     assert weight.codes is not None
     with torch.no_grad():
         weight.codes += torch.randn(weight.codes.shape, generator=generator).to(DEVICE)
-        weight.codes[::3].round_()  # ties
-        weight.codes[1::3] += 0.5 - weight.codes[1::3].frac()  # between two of them
         weight.grid += 0.1 * torch.randn(weight.grid.shape, generator=generator).to(DEVICE)
+        if weight._levels is None:
+            weight.codes[::3].round_()
+            weight.codes[1::3] += 0.5 - weight.codes[1::3].frac()
+        else:
+            _, middles, constants = weight._levels.parts
+            ties = exactly(torch.cat([middles, constants[:2]]), constants[2])
+            assert len(ties) >= 3
+            weight.codes[0].view(-1)[: len(ties)] = ties
     return weight
+
+
+def exactly(wanted: Tensor, step: Tensor) -> Tensor:
+    """Codes that are one of `wanted` in steps, of those for which there is one."""
+    near = wanted / step
+    near = torch.cat([near, near.nextafter(near + 1), near.nextafter(near - 1)])
+    return near[torch.isin(near * step, wanted)]
+
+
+def computed(weight: TrainedWeight, values: Tensor, pull: Tensor) -> list[Tensor]:
+    """The values, and the gradients of codes and scales of a sum of them, each times its `pull`."""
+    weight.zero_grad(set_to_none=True)
+    values.backward(pull)
+    assert weight.codes is not None
+    assert weight.codes.grad is not None
+    assert weight.grid.grad is not None
+    return [values.detach(), weight.codes.grad, weight.grid.grad]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
@@ -76,24 +99,30 @@ def test_values_and_gradients_are_the_twins_to_the_last_bit(
     quantizer: Any, fast: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if INTERPRETED and quantizer.dtype == BF16:
-        return  # the interpreter cuts bfloat16 off where it should round
+        pytest.skip("the interpreter cuts bfloat16 off where it should round")
     weight = begun(quantizer)
     pull = torch.randn(40, 256, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-
-    def computed(values: Tensor) -> list[Tensor]:
-        weight.zero_grad(set_to_none=True)
-        (values * pull).sum().backward()
-        assert weight.codes is not None
-        assert weight.codes.grad is not None
-        assert weight.grid.grad is not None
-        return [values.detach(), weight.codes.grad, weight.grid.grad]
-
-    ours = computed(weight._ungrouped(weight._fused(fast)))
+    ours = computed(weight, weight._ungrouped(weight._fused(fast)), pull)
     monkeypatch.setattr(trained, "fused", lambda: None)
-    twin = computed(weight.base())
+    twin = computed(weight, weight.base(), pull)
     assert 0 < (twin[1] == 0).double().mean() < 0.9, "some are beyond the ends"
     for one, other in zip(ours, twin, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("quantizer", [Uniform(2, 64), Lloyd(3, 48, F16)], ids=str)
+def test_gradients_of_any_layout_and_size(quantizer: Any, fast: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed; and infinite, so that training skips the step, but for codes that are beyond the ends."""
+    weight = begun(quantizer)
+    pull = torch.randn(256, 40, generator=torch.Generator().manual_seed(5)).to(DEVICE).mT
+    pull[::2] *= 1e30
+    pull[1, :80], pull[2, ::7], pull[5, ::9] = torch.inf, torch.nan, 1e-42
+    ours = computed(weight, weight._ungrouped(weight._fused(fast)), pull)
+    monkeypatch.setattr(trained, "fused", lambda: None)
+    twin = computed(weight, weight.base(), pull)
+    assert not twin[1].isfinite().all()
+    torch.testing.assert_close(ours[1], twin[1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours[2], twin[2], rtol=1e-5, atol=0, equal_nan=True)  # another order of the sum
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU to be chosen")

@@ -1,7 +1,7 @@
 """Codes that train, rounded and dequantized in one pass, and their gradients in another.
 
 In torch, `methods.trained` does the same in some twenty passes over as many numbers as the block has weights; these
-equal it in every bit, gradients included.
+equal it in every bit, gradients included, where the codes are finite.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _round(
     if LEVELS == 0:
         least = -tl.load(zero_point_pointer + offsets // G, mask=inside, other=0.0)
         most = least + top
-        # half to even, as torch.round, exactly for |x| < 2**22; + 0 as in the twin, which leaves no negative zero
-        whole = (code + 12582912.0) - 12582912.0 + 0.0
+        # half to even, as torch.round, exactly for |x| < 2**22
+        whole = (code + 12582912.0) - 12582912.0
         centred = tl.minimum(tl.maximum(whole, least), most)
         # as torch has it of minimum and maximum: at an end of the grid half a gradient passes
         share = tl.where((whole == least) | (whole == most), 0.5, 1.0)

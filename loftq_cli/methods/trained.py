@@ -64,18 +64,20 @@ class TrainedWeight(nn.Module):
             self._low, self._high = self._values.amin(2).clamp_max_(0), self._values.amax(2).clamp_min_(0)
         else:
             if self._levels is not None:
-                self._centred = self._levels.values[self._grouped(q.codes).int()]
+                centred = self._levels.values[self._grouped(q.codes).int()]
             else:
                 assert self._zero_point is not None
                 # bfloat16 holds integers up to 256
-                self._centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
+                centred = self._grouped(q.codes.bfloat16()) - self._zero_point[..., None].bfloat16()
             if codes:
                 steps = self._grouped(W.float() - start.factors.product()[0]) / _divisor(self._scales)
                 if self._levels is not None:
                     real = self._levels.near(steps, self._grouped(q.codes)) / self._levels.step
                 else:
-                    real = self._centred + (steps - self._centred).clamp(-NEAREST, NEAREST)
+                    real = centred + (steps - centred).clamp(-NEAREST, NEAREST)
                 self.codes = nn.Parameter(real)
+            else:
+                self._centred = centred
         ends = 2 if clip and not q.symmetric and self._levels is None else 1
         begin = CLIP_START if ends == 2 else 0.0
         self.grid = nn.Parameter(torch.full((ends, *self._scales.shape), begin, device=W.device))
