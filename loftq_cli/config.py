@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -191,15 +192,19 @@ def build_config(values: Mapping[str, Any], where: str = "") -> QuantizeConfig:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except OSError as error:
         raise ConfigError(f"cannot read `--config` file `{file}`: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"`{file}` is not valid YAML: {error}") from None
     if values is None:
         return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or node is None:
         raise ConfigError(f"`{file}` must hold `option: value` lines, not a {type(values).__name__}")
+    for name, count in Counter(key.value.replace("-", "_") for key, _ in node.value).items():
+        if count > 1:  # of which YAML takes the last
+            raise ConfigError(f"`{file}` has `{name}` {count} times", "leave one")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

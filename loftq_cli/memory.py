@@ -37,7 +37,7 @@ def device_bytes(plan: Plan) -> int:
     if not plan.on_gpu:
         return 0
     if plan.is_calibrated:
-        return _fitting_bytes(plan, 4)
+        return _fitting_bytes(plan, 2 * running_dtype(plan).itemsize)
     batches = _batches(plan)
     return GPU_BYTES_PER_WEIGHT * max(batches[-1], min(GPU_ELEMENTS, sum(batches[-2:])))
 

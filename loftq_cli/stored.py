@@ -18,6 +18,8 @@ from loftq_cli.quantizers.base import QuantizedWeight
 
 KEPT = 4  # tensors with the factors of many matrices, whose rows follow each other
 
+TRAINED = "base + trained adapter"  # what `eval` calls a base with what has been fine-tuned on it
+
 
 class Factors:
     """The factors of rows of a report, from the files of `out` whose tensors are `infos`."""

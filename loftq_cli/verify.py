@@ -58,7 +58,7 @@ def read_report(out: Path) -> dict[str, Any]:
         report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = f"has no `{REPORT_FILE}`" if out.exists() else "does not exist"
-        raise LoftqError(f"`{out}` {found}", "give a folder that `loftq quantize` wrote") from None
+        raise LoftqError(f"`{out}` {found}", "give an output of `loftq quantize`; `merge` makes plain models") from None
     except ValueError as error:
         raise LoftqError(f"`{out / REPORT_FILE}` is not valid JSON: {error}") from None
     needed = {"files", "side_files", "weights", "totals", "config", "source", "adapter_config"}

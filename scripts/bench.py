@@ -271,7 +271,6 @@ def parse() -> argparse.Namespace:
     group.add_argument("--svd-rounds", type=int, help="time so many of its rounds and multiply")
     group.add_argument("--svd-seconds", type=float, default=60, help="where all rounds take longer, time one")
     group.add_argument("--per-shape", type=int, default=1, help="weights of each shape to time")
-    parser.add_argument("--code-lr", type=float, help="calibrate: of apiq-bw; 0 lets the codes stay")
     arguments = parser.parse_args()
     if arguments.model is None and arguments.what not in ("loop", "readme"):
         parser.error(f"{arguments.what} needs a MODEL")
@@ -290,10 +289,9 @@ if __name__ == "__main__":
     if what in ("loop", "readme"):
         loop() if what == "loop" else fill_readme(COLUMNS)
     elif what == "quantize":
-        del arguments["code_lr"]
         bench_quantize.quantize(Path(model), **arguments)
     elif what == "calibrate":
-        bench_calibrate.calibrate(Path(model), rank=arguments["rank"], code_lr=arguments["code_lr"])
+        bench_calibrate.calibrate(Path(model), rank=arguments["rank"])
     elif what == "profile":
         bench_profile.profile(Path(model))
     else:

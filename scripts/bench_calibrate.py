@@ -27,14 +27,10 @@ WHOLE = {"llama": 32, "qwen3_moe": 48}  # layers, by type of model
 OF_A_RUN = 20  # epochs, as published
 
 
-def calibrate(
-    model: Path, samples: int = 128, seqlen: int = 2048, rank: int = RANK, code_lr: float | None = None
-) -> None:
+def calibrate(model: Path, samples: int = 128, seqlen: int = 2048, rank: int = RANK) -> None:
     """Measure, print, save."""
     config = json.loads((model / "config.json").read_text())
     layers, whole = config["num_hidden_layers"], WHOLE[config["model_type"]]
-    rate = [] if code_lr is None else ["--code-lr", f"{code_lr:g}"]
-    bench = " ".join(["python scripts/bench.py calibrate MODEL", *rate])
     rows: list[dict[str, Any]] = []
 
     def run(name: str, *flags: str) -> float:
@@ -63,16 +59,16 @@ def calibrate(
             "whole model, min": (result["wall"] + totals["seconds"]["total"] * (whole - layers) / layers) / 60,
             "seconds of the report": totals["seconds"],
         })  # fmt: skip
-        save("calibrate", rows, command=bench)
+        save("calibrate", rows)
         return float(rows[-1]["whole model, min"])
 
     run("cloq", "--method", "cloq")
     run("cloq, finish of 1 epoch", "--method", "cloq", "--finish-epochs", "1")
-    few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n), *rate) for n in EPOCHS)
+    few, more = (run(f"apiq-bw, {n} epochs", "--method", "apiq-bw", "--epochs", str(n)) for n in EPOCHS)
     minutes = few + (more - few) / (EPOCHS[1] - EPOCHS[0]) * (OF_A_RUN - EPOCHS[0])
     unknown = dict.fromkeys(("wall, s", "s per block", "device, GiB", "host, GiB"))
     rows.append(
         {**rows[-1], **unknown, "method": f"apiq-bw, {OF_A_RUN} epochs, extrapolated", "whole model, min": minutes}
     )
-    save("calibrate", rows, command=bench)
+    save("calibrate", rows)
     print_table(rows, COLUMNS)

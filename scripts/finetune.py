@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_common
 import bench_perplexity
 from bench_common import file_name, print_table, say
-from finetune_base import describe_base, made, write_control
+from finetune_base import describe_base, digest_of_text, digest_of_weights, made, write_control
 from finetune_plot import plot
-from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, UNTRAINED, Results, reported
+from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, UNTRAINED, Results, merge, reported
 from finetune_tasks import SIZES, TASKS, described, write_text
 from finetune_train import Tuned, run
 
@@ -134,10 +134,16 @@ def fill_item(
         quantize_flags(item, arguments.arms[item["arm"]], ["--calibration", text, *windows])
         for text in (str(given), given.name if given.exists() else str(given))  # results name no folders
     )
+    if TASK_TEXT in flags:
+        flags[flags.index(TASK_TEXT)] = str(write_text(arguments.sizes, cache / TASK_TEXT))
+    text = digest_of_text(flags)
     known = next((base for base in results.bases if all(base[name] == value for name, value in item.items())), None)
     known, again = (None, True) if arguments.again else (known, False)
-    if known and known["flags"] != shlex.join(shown):
-        raise ValueError(f"what is there was made with `{known['flags']}`: measure it `--again`, or name another --arm")
+    if known and (known["flags"], known["text"]) != (shlex.join(shown), text):
+        of = "" if known["text"] == text else f", whose text is {known['text']}, now {text}"
+        raise ValueError(
+            f"what is there was made with `{known['flags']}`{of}: measure it `--again`, or name another --arm"
+        )
 
     untrained = item["arm"] in UNTRAINED
 
@@ -156,14 +162,12 @@ def fill_item(
     if item["arm"] in CONTROLS:
         file = cache / flags[1]
         flags[1] = str(write_control(arguments.model, item["rank"], arguments.device, file, 0 if untrained else 1))
-    if TASK_TEXT in flags:
-        flags[flags.index(TASK_TEXT)] = str(write_text(arguments.sizes, cache / TASK_TEXT))
     with made(arguments.model, flags, arguments.device, cache, arguments.cache is not None, again) as base:
         tuned = Tuned(base.folder, item["rank"], arguments.device, fresh=not flags, graphs=not arguments.eager)
-        described_as = known or describe_base(item, base, arguments.model, shown)
+        described_as = known or describe_base(item, base, arguments.model, shown, text)
         if base.made_of != described_as["made_of"]:
             say("  not the bytes that were trained on before: measured anew")
-            described_as = describe_base(item, base, arguments.model, shown)
+            described_as = describe_base(item, base, arguments.model, shown, text)
         if described_as is not known:
             results.replace(described_as, again)
             wanted = arguments.tasks
@@ -227,6 +231,8 @@ def parse(given: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(given)
     if parsed.model is None and not (parsed.table or parsed.merge):
         parser.error("the following arguments are required: --model")
+    if parsed.model is not None and not (parsed.model / "config.json").exists():
+        parser.error(f"--model {parsed.model}: no checkpoint there, for it has no config.json")
     if parsed.at_once < 1:
         parser.error(f"--at-once {parsed.at_once}: at least one")
     extra = {}
@@ -254,18 +260,19 @@ def main(given: list[str]) -> int:
     clock = Clock(arguments.limit_seconds)
     file = bench_common.RESULTS / file_name(NAME)
     if arguments.table or arguments.merge:
-        merge(arguments.merge or [])
+        merge(arguments.merge or [], bench_common.RESULTS, NAME, NAMES)
         return table() if arguments.table else 0
     if arguments.device is None:
         import torch
 
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine, begin = bench_common.machine(), bench_common.HERE / file.name
     common = {
-        "model": arguments.model.resolve().name, "group_size": bench_common.GROUP_SIZE,
-        "tasks": described(arguments.sizes),
+        "model": arguments.model.resolve().name, "weights": digest_of_weights(arguments.model),
+        "group_size": bench_common.GROUP_SIZE, "tasks": described(arguments.sizes), "gpu": machine["gpu"],
     }  # fmt: skip
-    results = Results(file, common, NAMES, begin=bench_common.HERE / file.name)
-    results.machine = bench_common.machine()
+    results = Results(file, common, NAMES, begin=begin)
+    results.machine = machine
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         failed = fill(results, arguments, clock, arguments.cache or Path(work))
     print_table(results.table(), COLUMNS)
@@ -274,14 +281,6 @@ def main(given: list[str]) -> int:
     for label in failed:
         say(f"failed: {label}")
     return 1 if failed else 0
-
-
-def merge(files: list[Path]) -> None:
-    """Add the rows of `files` that are new to those of the same name here."""
-    for file in files:
-        ours = Results(bench_common.RESULTS / file.name, Results.settings(file), NAMES)
-        with ours.locked():
-            ours.take(file)
 
 
 def table() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +77,14 @@ def made(model: Path, flags: list[str], device: str, cache: Path, keep: bool, ag
             shutil.rmtree(folder)
 
 
-def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str]) -> dict[str, Any]:
-    """A row of "bases": its sizes are those in `packed`, whatever format the arm is computed in."""
-    row = {**item, "flags": shlex.join(shown), "made_of": base.made_of, "seconds": base.seconds, "before": {}}
+def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str], text: str | None) -> dict[str, Any]:
+    """A row of "bases": its sizes are those in `packed`, whatever format the arm is computed in.
+
+    Args:
+        text: a digest of what it is calibrated on.
+    """
+    row = {**item, "flags": shlex.join(shown), "text": text, "made_of": base.made_of, "seconds": base.seconds}
+    row["before"] = {}
     if base.report is None:
         return row | {"bits per weight": 16.0, "with adapter": None, "relative error": 0.0}
     from loftq_cli.config import QuantizeConfig
@@ -91,6 +98,22 @@ def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str
         "with adapter": None if idle else plan.bits_per_weight + 8 * plan.adapter_bytes / plan.parameters,
         "relative error": base.report["totals"]["relative_error"],
     }
+
+
+def digest_of_text(flags: list[str]) -> str | None:
+    """Of the text that a method is calibrated on, if that is a file."""
+    apart = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--calibration=") else [flag])]
+    given = [Path(value) for flag, value in pairwise(apart) if flag == "--calibration"]
+    return file_digest(given[-1]) if given and given[-1].is_file() else None
+
+
+def digest_of_weights(model: Path) -> str:
+    """Of a checkpoint, which others of its name may differ from."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")) or sorted(model.glob("*.bin")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def write_control(model: Path, rank: int, device: str, file: Path, adapter: int) -> Path:

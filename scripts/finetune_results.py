@@ -43,11 +43,15 @@ def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
     return all(row[name] == value for name, value in key.items())
 
 
+def key_of(row: dict[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in names)
+
+
 class Results:
     """`file`, as it is now; every row that is added is in it at once, whoever else adds some."""
 
     def __init__(self, file: Path, common: dict[str, Any], arms: Iterable[str], begin: Path | None = None) -> None:
-        """Rows of `begin` are taken over where there is no `file` yet.
+        """Rows of `begin` are taken over where there is no `file` yet, if they are of the same settings.
 
         Raises:
             SystemExit: the file is of other settings, with which nothing could be compared.
@@ -58,26 +62,35 @@ class Results:
         self.machine: dict[str, Any] | None = None  # that measured
         if file.exists():
             self.take(file)
-        elif begin is not None and begin.exists():
+        elif begin is not None and begin.exists() and self.settings(begin) == common:
             self.take(begin)
 
     @staticmethod
     def settings(file: Path) -> dict[str, Any]:
         """What all rows of a file have in common."""
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {key: content[key] for key in ("model", "group_size", "tasks")}
+        settings = {key: content.get(key) for key in ("model", "weights", "group_size", "tasks")}
+        return settings | {"gpu": content["machine"]["gpu"]}
 
     def take(self, file: Path) -> None:
-        """Add the rows of another file that are new here."""
+        """Add the rows of another file that are new here, but for those of bases that are of other bytes here."""
         content = json.loads(file.read_text(encoding="utf-8"))
-        theirs = {key: content.get(key) for key in self.common}
+        theirs = self.settings(file)
         if different := [key for key in self.common if theirs[key] != self.common[key]]:
             said = "; ".join(f"{key} is {theirs[key]} there, {self.common[key]} here" for key in different)
             raise SystemExit(f"{file} is of other settings: {said}; move it away, or name a folder in BENCH_RESULTS")
         self.machine = self.machine or content["machine"]
+        made_of = {key_of(base, BASE): base["made_of"] for base in self.bases}
+        other = {
+            key
+            for base in content["bases"]
+            if made_of.get(key := key_of(base, BASE), base["made_of"]) != base["made_of"]
+        }
         for ours, new, names in ((self.runs, content["runs"], RUN), (self.bases, content["bases"], BASE)):
-            there = {tuple(row[name] for name in names) for row in ours}
-            ours.extend(row for row in new if tuple(row[name] for name in names) not in there)
+            there = {key_of(row, names) for row in ours}
+            ours.extend(row for row in new if key_of(row, names) not in there and key_of(row, BASE) not in other)
+        for arm, bits, rank in sorted(other):
+            say(f"{file}: {arm}, {bits} bits, rank {rank} is of other bytes there than here: left out")
 
     def add(self, runs: Iterable[dict[str, Any]] = (), bases: Iterable[dict[str, Any]] = ()) -> None:
         """Add rows to the file; one with the name of another takes its place."""
@@ -122,7 +135,8 @@ class Results:
 
         self.runs.sort(key=key)
         self.bases.sort(key=key)
-        head = {"command": "python scripts/finetune.py --model FOLDER", "machine": self.machine, **self.common}
+        settings = {key: value for key, value in self.common.items() if key != "gpu"}  # which is the machine's
+        head = {"command": "python scripts/finetune.py --model FOLDER", "machine": self.machine, **settings}
         parts = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
         for name, rows in (("rows", self.published()), ("bases", self.bases), ("runs", self.runs)):
             lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
@@ -207,6 +221,21 @@ def spread(values: list[float | None], factor: float, digits: str) -> str | None
     text = format(statistics.fmean(finite), digits)
     text += f" ± {format(statistics.stdev(finite), digits)}" if len(finite) > 1 else ""
     return text + (f" (n = {len(finite)})" if len(finite) != 3 else "")
+
+
+def merge(files: Iterable[Path], folder: Path, name: str, arms: Iterable[str]) -> None:
+    """Add the rows of `files` that are new to the results in `folder`, each to those of its kind of machine."""
+    for file in files:
+        try:
+            settings = Results.settings(file)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise SystemExit(f"{file} is no file of these results: {type(error).__name__}: {error}") from None
+        ours = Results(folder / f"{name}{'-cuda' if settings['gpu'] else ''}.json", settings, arms)
+        with ours.locked():
+            before = len(ours.runs), len(ours.bases)
+            ours.take(file)
+            runs, bases = len(ours.runs) - before[0], len(ours.bases) - before[1]
+        say(f"{file}: {runs} trainings and {bases} bases that are new, now in {ours.file}")
 
 
 @contextmanager

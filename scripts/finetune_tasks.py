@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,8 +195,9 @@ def write_text(sizes: dict[str, Size], file: Path) -> Path:
         for row in split_headlines(sizes["headlines"])["train"]
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n\n".join([prose, "\n\n".join(answered)[: len(prose)], ""]), encoding="utf-8")
-    return file
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text("\n\n".join([prose, "\n\n".join(answered)[: len(prose)], ""]), encoding="utf-8")
+    return partial.replace(file)  # another process may be reading it
 
 
 TASKS = {"headlines": Headlines, "austen": Austen}

@@ -255,8 +255,21 @@ def test_prompts_and_completions_are_read_as_trl_trains_on_them(tmp_path: Path) 
     assert read_texts(str(file)) == ["The sky is blue.", [asked, said], [asked]]
 
 
+def test_parts_of_a_message_that_are_text_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert read_texts(str(file)) == [[{"role": "user", "content": "Why?"}]]
+    file.write_text(json.dumps({"conversations": [{"from": "human", "value": parts}]}))
+    assert read_texts(str(file)) == [[{"role": "user", "content": "Why?"}]]
+    for content in ([*parts, {"type": "image"}], [*parts, {"type": "text"}], []):
+        file.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+        with pytest.raises(LoftqError, match="message 1 has no strings"):
+            read_texts(str(file))
+
+
 def test_conversations_of_sharegpt_are_messages(tmp_path: Path) -> None:
-    turns = [("system", "Be brief."), ("human", "Why?"), ("gpt", "Because.")]
+    turns = [("system", "Be brief."), ("human", "Why?"), ("chatgpt", "Because.")]
     said = [
         {"role": role, "content": turn[1]} for role, turn in zip(("system", "user", "assistant"), turns, strict=True)
     ]
@@ -264,6 +277,11 @@ def test_conversations_of_sharegpt_are_messages(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join(json.dumps({"conversations": row}) for row in rows))
     assert read_texts(str(file)) == [said, said]
+    file.write_text(json.dumps({"conversations": rows[0][1:], "system": "Be brief."}))
+    assert read_texts(str(file)) == [said]
+    file.write_text(json.dumps({"conversations": [*rows[0], {"from": "function_call", "value": "{}"}]}))
+    with pytest.raises(LoftqError, match="message 4 has no strings"):
+        read_texts(str(file))
 
 
 @pytest.mark.parametrize(
@@ -292,11 +310,14 @@ def test_jsonl_refusals_name_the_line(tmp_path: Path, line: bytes, words: str) -
     assert caught.value.hint
 
 
-def test_a_field_of_another_type_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": 3}')
-    with pytest.raises(LoftqError) as caught:
-        read_texts(str(tmp_path / "bad.jsonl"))
-    assert caught.value.hint == "it has `text` (int)"
+def test_fields_that_are_there_are_named(tmp_path: Path) -> None:
+    of_alpaca = "it has `instruction` (str), `output` (str); make a `text` of them, as you train on them"
+    file = tmp_path / "bad.jsonl"
+    for row, hint in (({"text": 3}, "it has `text` (int)"), ({"instruction": "Add.", "output": "3"}, of_alpaca)):
+        file.write_text(json.dumps(row))
+        with pytest.raises(LoftqError) as caught:
+            read_texts(str(file))
+        assert caught.value.hint == hint
 
 
 def test_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +331,10 @@ def test_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(" \n")
     with pytest.raises(LoftqError, match="no text in"):
         read_texts(str(file))
+    (packed := tmp_path / "text.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(LoftqError) as refused:
+        read_texts(str(packed))
+    assert refused.value.hint == f"unpack it: gunzip -k {packed}"
     with pytest.raises(LoftqError, match="is a folder"):
         read_texts(str(tmp_path))
     for name in ("pros.txt", "./pros", "a/b/c", "~nobody_here/x"):

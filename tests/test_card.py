@@ -197,3 +197,10 @@ def test_perplexities_are_put_on_the_card_once_for_each_text(out: Path) -> None:
     edited = with_perplexity("# mine\n", measured(7.25), "wiki.txt")
     assert edited.startswith("# mine\n\n## Perplexity on `wiki.txt`\n")
     assert with_perplexity(edited, measured(6.5), "wiki.txt").count("## Perplexity") == 1
+
+
+def test_a_trained_adapter_is_not_in_the_repository_and_the_card_says_so() -> None:
+    measured = Evaluation(62, 2, 32, "as it is", (Row("base + trained adapter", 1.0, 2.75),), ())
+    assert "| base + trained adapter, which is not in this folder | 1.0000 | 2.75 |" in with_perplexity(
+        "", measured, "a"
+    )

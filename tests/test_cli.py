@@ -318,6 +318,25 @@ def test_flags_and_fields_are_the_same_set() -> None:
     assert flags - run_only == set(QuantizeConfig.model_fields)
 
 
+def test_an_option_that_a_file_has_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """YAML itself takes the last."""
+    file = tmp_path / "options.yaml"
+    file.write_text("group-size: 32\nbits: 2\ngroup_size: 64\n")
+    result = loftq("quantize", "--config", file, tiny_llama, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "has `group_size` 2 times" in result.stderr.replace("\n", " ")
+
+
+def test_a_file_on_the_way_to_OUT_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    result = loftq("quantize", *FAST, tiny_llama, tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    said = result.stderr.replace("\n", " ")
+    assert "Not a directory" in said
+    assert "something on the way to this one is a file" in said
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_are_valid_and_plan(file: Path, tiny_llama: Path, tmp_path: Path) -> None:
     first, *rest = file.read_text().splitlines()

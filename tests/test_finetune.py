@@ -150,7 +150,7 @@ def test_before_training_it_is_what_loftq_eval_says(filled: dict[str, Any], smal
 
 
 def test_what_is_there_is_not_done_again(
-    filled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, trained = filled["file"], []
 
@@ -182,14 +182,31 @@ def test_what_is_there_is_not_done_again(
         finetune.main([*filled["arguments"], "--steps", "austen=9"])
     assert file.read_text() == before
 
+    # another text of the same name, another model of the same name
+    text = tmp_path / finetune.bench_perplexity.DATA.joinpath("wikipedia_calibration.txt").name
+    text.write_text(tasks.AUSTEN_TRAIN.read_text())
+    for flags in (["--calibration", "a", f"--calibration={text}"], [f"--calibration={text}"]):
+        assert finetune.digest_of_text(flags) == tasks.file_digest(text)
+    assert finetune.main([*filled["arguments"], f"--calibration={text}"]) == 1
+    assert "failed: cloq" in (said := capsys.readouterr().err)
+    assert "failed: loftq" not in said
+    save_tokenizer(save_llama(tmp_path / "model", torch.bfloat16))
+    with pytest.raises(SystemExit, match="weights is"):
+        finetune.main([*filled["arguments"], f"--model={tmp_path / 'model'}"])
+    assert file.read_text() == before
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "own")  # the way out that the refusal names
+    assert finetune.main([*filled["arguments"], f"--model={tmp_path / 'model'}", "--limit-seconds=0"]) == 0
+    with pytest.raises(SystemExit):
+        finetune.main([*filled["arguments"], f"--model={tmp_path}"])
+    assert f"--model {tmp_path}: no checkpoint there" in capsys.readouterr().err
+
 
 def test_results_of_two_machines_become_one_table(
     filled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = []
     for number in range(2):
-        part = tmp_path / str(number) / filled["file"].name
-        part.parent.mkdir()
+        part = tmp_path / f"machine-{number}.json"
         arms = list(ARMS)[2 * number :][:2]
         content = {
             **filled["content"],
@@ -203,6 +220,24 @@ def test_results_of_two_machines_become_one_table(
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- {filled['file'].stem} -->\n<!-- end -->\nafter\n")
     assert finetune.main(["--merge", *parts]) == 0
+    for content in ("no JSON", '{"rows": []}'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(SystemExit, match="is no file of these results"):
+            finetune.main(["--merge", str(tmp_path / "other.json")])
+    changed = json.loads(json.dumps(filled["content"]))
+    for base in changed["bases"]:
+        base["made_of"] = "other bytes"
+    for run in changed["runs"]:
+        run["seed"] += 3  # which would be more of the same
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    assert finetune.main(["--merge", str(tmp_path / "other.json")]) == 0
+    merged = tmp_path / "scripts" / "results" / filled["file"].name
+    assert json.loads(merged.read_text()) == filled["content"]
+    elsewhere = {**filled["content"], "machine": {**filled["content"]["machine"], "gpu": "another"}}
+    (tmp_path / "other.json").write_text(json.dumps(elsewhere))
+    assert finetune.main(["--merge", str(tmp_path / "other.json")]) == 0  # beside the others
+    assert len(list((tmp_path / "scripts" / "results").glob("*.json"))) == 2
+    (tmp_path / "scripts" / "results" / "finetune-cuda.json").unlink()
     assert finetune.main(["--table"]) == 0
     merged = tmp_path / "scripts" / "results" / filled["file"].name
     assert json.loads(merged.read_text()) == filled["content"]
@@ -217,7 +252,9 @@ def test_results_of_two_machines_become_one_table(
 
 def test_the_rate_is_chosen_by_validation_alone(tmp_path: Path) -> None:
     sizes = {task: {"rates": [1e-4, 3e-4, 1e-3]} for task in SIZES}
-    kept = results.Results(tmp_path / "results.json", {"model": "m", "group_size": 64, "tasks": sizes}, ["loftq"])
+    common = {"model": "m", "weights": "w", "group_size": 64, "tasks": sizes, "gpu": None}
+    kept = results.Results(tmp_path / "results.json", common, ["loftq"])
+    kept.machine = {"gpu": None}
     base = {"arm": "loftq", "bits": "2", "rank": 16}
     key = base | {"task": "austen"}
 

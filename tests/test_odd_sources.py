@@ -611,6 +611,19 @@ def test_the_lines_that_merge_an_adapter(tiny_llama: Path, tmp_path: Path, monke
     refusal("both", "beside its weights", "remove adapter_config.json", "merge_and_unload")
 
 
+def test_an_adapter_of_our_own_base_is_merged_by_our_own_command(tiny_llama: Path, tmp_path: Path) -> None:
+    """For AutoPeftModel would fill a packed base with random numbers."""
+    out, tuned = tmp_path / "out", tmp_path / "my tuned"
+    quantize(tiny_llama, out, bits=2, rank=4, format="packed", device="cpu")
+    shutil.copytree(out / "loftq_init", tuned)
+    hint = refusal(
+        tuned, f"is an adapter for `{out}`, an output of loftq", f"loftq merge {out} merged-model --adapter '{tuned}'"
+    )
+    assert "AutoPeftModel" not in hint
+    merge(out, tmp_path / "merged-model", adapter=tuned)
+    assert refusal(out / "loftq_init", "is an adapter").endswith(f"loftq merge {out} merged-model")
+
+
 # what config.json, index and shards say of each other
 
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,10 @@ from loftq_cli.errors import ConfigError, LoftqError
 
 TABLES = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # what `datasets` calls their readers
 _STREAM_CHARACTERS = 20_000_000  # of a data set: 1,000 windows of 4096 tokens, and some seconds of download
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # who speaks
+SHAREGPT = {  # who speaks; others, such as those that call functions, speak of what is none of a conversation's text
+    **{"system": "system", "human": "user", "user": "user"},
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
+}
 
 Entry = str | list[dict[str, str]]  # a text, or a conversation as {role, content}
 
@@ -48,7 +52,7 @@ def read_file(path: Path) -> list[Entry]:
     """
     try:
         if path.is_dir():
-            raise LoftqError(f"`{path}` is a folder", "give a text file, or a .jsonl file")
+            raise LoftqError(f"`{path}` is a folder", "make one file of its texts: cat FOLDER/*.txt > text.txt")
         return _read_jsonl(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _read_plain(path)
     except OSError as error:
         raise LoftqError(f"cannot read `{path}`: {error.strerror or error}", "give a file of plain text") from error
@@ -66,7 +70,9 @@ def _read_plain(path: Path) -> list[Entry]:
     except UnicodeDecodeError as error:
         raise LoftqError(
             f"`{path}` is not UTF-8 text: {error.reason} at byte {error.start}",
-            "convert it: `iconv -f ENCODING -t UTF-8`",
+            f"unpack it: gunzip -k {shlex.quote(str(path))}"
+            if kind == ".gz"
+            else "convert it: `iconv -f ENCODING -t UTF-8`",
         ) from None
 
 
@@ -93,8 +99,11 @@ def _entry(row: Any, place: str) -> Entry:
             text = prompt + completion
         case {"prompt": [*prompt], "completion": [*completion]} if messages is None:
             messages = [*prompt, *completion]
+        case {"conversations": [*turns], "system": str() as system} if text is None and messages is None and system:
+            messages = [{"role": "system", "content": system}, *turns]
         case {"conversations": [*turns]} if text is None and messages is None:
-            messages = [_message(turn) for turn in turns]
+            messages = turns
+    messages = [_message(turn) for turn in messages] if isinstance(messages, list) else messages
     entry: Entry
     if isinstance(text, str):
         entry, strings = text, [text]
@@ -109,7 +118,8 @@ def _entry(row: Any, place: str) -> Entry:
             f"{place} has neither a string `text` nor a list `messages` of {{role, content}} strings, nor "
             "`conversations`, nor both `prompt` and `completion`",
             "it has "
-            + (", ".join(f"`{key}` ({type(fields[key]).__name__})" for key in fields) or f"no fields: {row!r:.40}"),
+            + (", ".join(f"`{key}` ({type(fields[key]).__name__})" for key in fields) or f"no fields: {row!r:.40}")
+            + ("; make a `text` of them, as you train on them" if fields.keys() - {"text"} else ""),
         )
     if any(not string.isascii() and re.search("[\ud800-\udfff]", string) for string in strings):
         raise LoftqError(f"{place} holds half of a surrogate pair, which is no character", "remove it")
@@ -117,11 +127,18 @@ def _entry(row: Any, place: str) -> Entry:
 
 
 def _message(turn: Any) -> Any:
-    """A turn as ShareGPT has it, as a message; anything else as it is."""
+    """A turn as ShareGPT has it, or one whose parts are all text, as a message {role, content}; else as it is."""
     match turn:
-        case {"from": str() as speaker, "value": content}:
-            return {"role": SHAREGPT.get(speaker, speaker), "content": content}
+        case {"from": str() as speaker, "value": content} if speaker in SHAREGPT:
+            turn = {"role": SHAREGPT[speaker], "content": content}
+    match turn:
+        case {"content": [_, *_] as parts} if all(map(_is_text, parts)):
+            turn = {**turn, "content": "".join(part["text"] for part in parts)}
     return turn
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _is_message(message: Any) -> bool:

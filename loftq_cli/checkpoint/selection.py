@@ -188,6 +188,14 @@ def _adapted(model: str, revision: str | None, names: set[str], read_json: ReadJ
     adapter = read_json(ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
     has_tokenizer = any(like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
+    if isinstance(base, str) and (Path(base) / REPORT).is_file() and Path(model).is_dir():
+        # PEFT would not put it on what loftq packs
+        tuned = Path(model).resolve() != (Path(base) / "loftq_init").resolve()
+        merged = shlex.join(["loftq", "merge", base, MERGED, *(["--adapter", model] if tuned else [])])
+        return LoftqError(
+            f"`{model}` is an adapter for `{base}`, an output of loftq",
+            f"start from the checkpoint that this was made from, or put both together first: {merged}",
+        )
     lines = merge_lines(source_argument(model, revision), adapter, has_tokenizer)
     if weights:
         return LoftqError(
