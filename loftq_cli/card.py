@@ -26,7 +26,7 @@ from loftq_cli.report import (
     skip_counts,
     trained,
 )
-from loftq_cli.stored import TRAINED
+from loftq_cli.stored import TUNED
 
 if TYPE_CHECKING:
     from loftq_cli.evaluate import Evaluation
@@ -165,7 +165,7 @@ def _front_matter(readme: str) -> dict[str, Any]:
 def with_perplexity(card: str, measured: Evaluation, text: str) -> str:
     """The card with perplexities on a text of this name, in place of those that it may have of it already."""
     heading = f"## Perplexity on `{text}`"
-    elsewhere = {TRAINED: f"{TRAINED}, which is not in this folder"}
+    elsewhere = {TUNED: f"{TUNED}, which is not in this folder"}
     rows = "\n".join(
         f"| {elsewhere.get(row.name, row.name)} | {row.nll:.4f} | {row.perplexity:.6g} |" for row in measured.rows
     )

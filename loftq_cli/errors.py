@@ -68,7 +68,7 @@ def was_interrupted(error: BaseException) -> bool:
 
 
 def permission_hint(error: BaseException | None) -> str:
-    """What to do where the operating system does not let this user read or write; of other errors nothing."""
+    """What to do where the operating system does not let this user read or write, or no folder can be; else nothing."""
     if isinstance(error, NotADirectoryError):
         return "choose another folder: something on the way to this one is a file"
     if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):

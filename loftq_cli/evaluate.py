@@ -26,7 +26,7 @@ from loftq_cli.config import build_config
 from loftq_cli.device import is_out_of_memory, resolve_device
 from loftq_cli.errors import LoftqError
 from loftq_cli.report import import_loader, install_line
-from loftq_cli.stored import TRAINED, read_tuned
+from loftq_cli.stored import TUNED, read_tuned
 from loftq_cli.verify import read_report
 
 SEQLEN = 2048
@@ -91,7 +91,7 @@ def evaluate(
     adapters = {"base + adapter": out / "loftq_init"}
     if adapter is not None:
         read_tuned(out, adapter)  # refuses what is no such adapter
-        adapters[TRAINED] = adapter
+        adapters[TUNED] = adapter
     made_from, checkpoint = report["source"], None
     notes: tuple[str, ...] = ()
     if source is not None:

@@ -18,7 +18,7 @@ from loftq_cli.quantizers.base import QuantizedWeight
 
 KEPT = 4  # tensors with the factors of many matrices, whose rows follow each other
 
-TRAINED = "base + trained adapter"  # what `eval` calls a base with what has been fine-tuned on it
+TUNED = "base + trained adapter"  # what `eval` calls a base with what has been fine-tuned on it
 
 
 class Factors:

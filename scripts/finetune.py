@@ -4,7 +4,8 @@
     python scripts/finetune.py --model FOLDER                                     # all of it: hours on a GPU
     python scripts/finetune.py --model FOLDER --bits 2 --ranks 16 --arms loftq-nf apiq-bw --limit-seconds 500
     python scripts/finetune.py --model FOLDER --bits 2 --arm "mine=--method cloq --quantizer lloyd --format dense"
-    python scripts/finetune.py --merge FILE...                                    # what other machines have measured
+    accelerate launch --num_processes 8 scripts/finetune.py --model FOLDER        # bases shared out among GPUs
+    python scripts/finetune.py --merge FILE...                                    # of other machines with such a GPU
     python scripts/finetune.py --table                                            # into README.md, with the plot
 
 Every base is one `loftq quantize`, used for all tasks, learning rates and seeds. All arms see the same data in the
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_common
 import bench_perplexity
 from bench_common import file_name, print_table, say
-from finetune_base import describe_base, digest_of_text, digest_of_weights, made, write_control
+from finetune_base import describe_base, digest_of_text, digest_of_weights, made, share_of_process, write_control
 from finetune_plot import plot
 from finetune_results import COLUMNS, CONTROLS, FULL, SEARCH_SEED, UNTRAINED, Results, merge, reported
 from finetune_tasks import SIZES, TASKS, described, write_text
@@ -115,7 +116,7 @@ def fill(results: Results, arguments: argparse.Namespace, clock: Clock, cache: P
     """Train what is missing; the arms that failed."""
     failed: list[str] = []
     tasks: dict[str, Any] = {}
-    for item in items(arguments.arms, arguments.bits, arguments.ranks):
+    for item in items(arguments.arms, arguments.bits, arguments.ranks)[arguments.share]:
         label = f"{item['arm']}, {item['bits']} bits, rank {item['rank']}"
         with reported(label, failed):
             fill_item(results, item, label, arguments, clock, cache, tasks)
@@ -257,16 +258,14 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(given: list[str]) -> int:
     """The exit status."""
     arguments = parse(given)
+    arguments.share = share_of_process()
     clock = Clock(arguments.limit_seconds)
     file = bench_common.RESULTS / file_name(NAME)
     if arguments.table or arguments.merge:
         merge(arguments.merge or [], bench_common.RESULTS, NAME, NAMES)
         return table() if arguments.table else 0
-    if arguments.device is None:
-        import torch
-
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     machine, begin = bench_common.machine(), bench_common.HERE / file.name
+    arguments.device = arguments.device or ("cuda" if machine["gpu"] else "cpu")
     common = {
         "model": arguments.model.resolve().name, "weights": digest_of_weights(arguments.model),
         "group_size": bench_common.GROUP_SIZE, "tasks": described(arguments.sizes), "gpu": machine["gpu"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -98,6 +99,21 @@ def describe_base(item: dict[str, Any], base: Base, model: Path, shown: list[str
         "with adapter": None if idle else plan.bits_per_weight + 8 * plan.adapter_bytes / plan.parameters,
         "relative error": base.report["totals"]["relative_error"],
     }
+
+
+def share_of_process() -> slice:
+    """Which bases are this process's, where `accelerate launch` or torchrun began several, each with a GPU of its own.
+
+    To be called before anything looks for GPUs. What this process begins itself is none of those.
+    """
+    found = {name: os.environ.pop(name, None) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    rank, size, local = (int(value or default) for value, default in zip(found.values(), (0, 1, 0), strict=True))
+    if size > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[local % (visible.count(",") + 1)] if visible else str(local)
+        )
+    return slice(rank, None, size)
 
 
 def digest_of_text(flags: list[str]) -> str | None:

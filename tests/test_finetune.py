@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +29,7 @@ SIZES = {
     "headlines": tasks.Size(steps=3, batch=2, tokens=96, validation=8, test=12, rates=(1e-2, 3e-2, 1e-1)),
     "austen": tasks.Size(steps=3, batch=2, tokens=32, validation=2, test=200, rates=(1e-2, 3e-2, 1e-1)),
 }
+ROOT = Path(__file__).parents[1]
 ARMS = {"lora16": "16", "qlora": "2", "loftq": "2", "cloq": "2"}
 
 
@@ -490,3 +493,35 @@ def test_mixtures_and_their_order(tiny_llama: Path) -> None:
         jobs = plan_quantize(str(tiny_llama), decided).jobs  # of two blocks one has 4 bits
         assert statistics.fmean(job.bits for job in jobs) == expected
         assert decided.rank == 8
+
+
+def test_processes_share_the_bases_out(tmp_path: Path) -> None:
+    """As `accelerate launch` begins them, with nothing patched: each base is one process's, and each has its GPU."""
+    model = save_llama(tmp_path / "model")
+    save_tokenizer(model)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=3", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "finetune.py")]
+    command += ["--model", str(model), "--bits=2", "--ranks", "4", "8", "--arms", "qlora-nf", "loftq-nf", "lora16"]
+    # nothing fits into no time
+    ran = subprocess.run(
+        [*command, "--device=cpu", "--limit-seconds=0"], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "BENCH_RESULTS": str(tmp_path / "results")},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    left = re.findall(r"^no time left for: (.+), (\S+) bits, rank (\d)$", ran.stderr, re.MULTILINE)
+    arms = [("lora16", "16"), ("qlora-nf", "2"), ("loftq-nf", "2")]
+    assert sorted(left) == sorted((*arm, rank) for arm in arms for rank in "48")
+    assert ran.stdout.count("| arm |") == 3  # each of them prints the table
+
+
+def test_a_process_has_its_gpu_and_is_no_other_one_s_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, wanted in (("4,5", "5"), ("7", "7"), (None, "1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # which is put back afterwards
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+        assert list("abcdefgh")[finetune.share_of_process()] == ["d", "h"]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()  # or what it begins would wait for others
+    assert finetune.share_of_process() == slice(0, None, 1)

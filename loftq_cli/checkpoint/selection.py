@@ -187,7 +187,6 @@ def _indexed_files(index: Mapping[str, Any], names: set[str], called: str, suffi
 def _adapted(model: str, revision: str | None, names: set[str], read_json: ReadJson, weights: list[str]) -> LoftqError:
     adapter = read_json(ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
-    has_tokenizer = any(like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
     if isinstance(base, str) and (Path(base) / REPORT).is_file() and Path(model).is_dir():
         # PEFT would not put it on what loftq packs
         tuned = Path(model).resolve() != (Path(base) / "loftq_init").resolve()
@@ -196,6 +195,7 @@ def _adapted(model: str, revision: str | None, names: set[str], read_json: ReadJ
             f"`{model}` is an adapter for `{base}`, an output of loftq",
             f"start from the checkpoint that this was made from, or put both together first: {merged}",
         )
+    has_tokenizer = any(like(name, ["tokenizer*", "vocab*", "*.model"]) for name in names)
     lines = merge_lines(source_argument(model, revision), adapter, has_tokenizer)
     if weights:
         return LoftqError(
