@@ -4,7 +4,7 @@
     python scripts/finetune.py --model FOLDER                                     # all of it: hours on a GPU
     python scripts/finetune.py --model FOLDER --bits 2 --ranks 16 --arms loftq-nf apiq-bw --limit-seconds 500
     python scripts/finetune.py --model FOLDER --bits 2 --arm "mine=--method cloq --quantizer lloyd --format dense"
-    accelerate launch --num_processes 8 scripts/finetune.py --model FOLDER        # bases shared out among GPUs
+    accelerate launch --multi_gpu --num_processes 8 scripts/finetune.py --model FOLDER    # shared out among GPUs
     python scripts/finetune.py --merge FILE...                                    # of other machines with such a GPU
     python scripts/finetune.py --table                                            # into README.md, with the plot
 

@@ -499,8 +499,13 @@ def test_processes_share_the_bases_out(tmp_path: Path) -> None:
     """As `accelerate launch` begins them, with nothing patched: each base is one process's, and each has its GPU."""
     model = save_llama(tmp_path / "model")
     save_tokenizer(model)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=3", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "finetune.py")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=3"]
+    command += [
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        str(ROOT / "scripts" / "finetune.py"),
+    ]
     command += ["--model", str(model), "--bits=2", "--ranks", "4", "8", "--arms", "qlora-nf", "loftq-nf", "lora16"]
     # nothing fits into no time
     ran = subprocess.run(
